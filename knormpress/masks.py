@@ -1,0 +1,173 @@
+"""Attention masks for layers that hold different tokens.
+
+transformers builds one mask for all full-attention layers, sized to every token seen. ``layer_mask`` turns it into a layer's
+own: the columns of the tokens which that layer still stores. ``MaskHooks`` hands each attention module its own mask; it
+does nothing while another cache is in use.
+
+Shapes: B rows, H key-value heads, A attention heads (A = H * groups), q new tokens, n slots stored before them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from knormpress.errors import KnormError
+
+__all__ = ["MaskHooks", "MaskedCache", "full_past", "layer_mask", "real_tokens"]
+
+
+class MaskedCache(Cache):
+    """A cache whose layers need masks of their own; it works with the one model that ``hooks`` are installed on."""
+
+    hooks: MaskHooks
+
+    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> Any:
+        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones that come to each row."""
+        raise NotImplementedError
+
+
+def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
+    """Which of the ``new`` tokens are no padding, read off the mask: padding is what no query attends to.
+
+    Args:
+        mask: None; (B, seen + new), as flash attention takes it; or (B, 1 or A, new, seen + new), boolean (True attends) or
+            additive.
+
+    Returns:
+        (B, new) boolean, or None where there is no padding.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        real = mask[:, seen:].bool()
+        return None if bool(real.all()) else real
+    own = _attends(mask[..., seen:])
+    if bool(own.diagonal(dim1=-2, dim2=-1).all()):
+        return None
+    return own.any(dim=1).any(dim=1)
+
+
+def full_past(mask: Tensor, seen: int) -> bool:
+    """Whether every new token attends to all that was seen before: True without padding and custom masks."""
+    past = mask[..., :seen]
+    return bool(past.all() if past.dtype == torch.bool else (past == 0).all())
+
+
+def layer_mask(
+    mask: Any, positions: Tensor, *, seen: int, new: int, groups: int, holes: bool, plain: bool, flash: bool = False
+) -> Any:
+    """The columns of a layer's own tokens, out of a mask over all tokens seen.
+
+    Args:
+        mask: the shared mask, see ``real_tokens``; None where there is nothing to mask.
+        positions: (B, H, n), the original positions of the stored tokens, -1 for an empty slot.
+        seen: tokens seen before the new ones, padding counted.
+        new: how many new tokens come, q.
+        groups: attention heads per key-value head.
+        holes: whether ``positions`` has empty slots.
+        plain: whether ``mask`` hides no token of the past (see ``full_past``).
+        flash: whether the attention takes masks of two dimensions.
+
+    Returns:
+        None where nothing is to be masked; (B, n + q) for two dimensions; else (B, 1 or A, q, n + q) of the type of ``mask``.
+
+    Raises:
+        KnormError: a custom mask does not cover the tokens seen.
+    """
+    if mask is None and not holes:
+        return None
+    stored = positions.shape[-1]
+    if mask is None:
+        shape = (positions.shape[0], seen + new) if flash else (positions.shape[0], 1, new, seen + new)
+        mask = positions.new_ones(shape, dtype=torch.bool)
+    if mask.shape[-1] != seen + new:
+        raise KnormError(
+            f"the attention mask covers {mask.shape[-1]} tokens, but {seen} were seen and {new} come; "
+            f"give a mask over all {seen + new}, as without pruning"
+        )
+    if plain and not holes:
+        return mask[..., seen - stored :]
+    if mask.dim() == 2:
+        # The empty slots and the padding of a row stand at the same slots in all of its heads.
+        past = mask[:, :seen].gather(1, positions[:, 0].clamp(min=0).long())
+        return torch.cat([past.masked_fill(positions[:, 0] < 0, 0), mask[:, seen:]], dim=-1)
+    batch, heads = positions.shape[:2]
+    if mask.shape[1] > 1:
+        positions, heads, groups = positions.repeat_interleave(groups, dim=1), heads * groups, 1
+    mask = mask.expand(batch, heads, new, seen + new)
+    columns = positions[:, :, None].expand(-1, -1, new, -1)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    past = mask[..., :seen].gather(-1, columns.clamp(min=0).long()).masked_fill(columns < 0, hidden)
+    return torch.cat([past, mask[..., seen:]], dim=-1).repeat_interleave(groups, dim=1)
+
+
+def _attends(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+class MaskHooks:
+    """Pre-hooks on a model's attention modules that pass each its own mask; they go with their last owner.
+
+    Caches of one model share one set of hooks. A copy of a cache holds on to the same set.
+    """
+
+    _installed: ClassVar[weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[MaskHooks]]] = (
+        weakref.WeakKeyDictionary()
+    )
+
+    @classmethod
+    def on(cls, model: PreTrainedModel) -> MaskHooks:
+        """The hooks of ``model``, installed now if no cache of it lives."""
+        known = cls._installed.get(model)
+        hooks = known() if known is not None else None
+        if hooks is None:
+            hooks = cls(model)
+            cls._installed[model] = weakref.ref(hooks)
+        return hooks
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+        modules = [module for module in model.modules() if _is_attention(module)]
+        self.layers = {module.layer_idx for module in modules}
+        handles = [module.register_forward_pre_hook(_Hook(self.model, module), with_kwargs=True) for module in modules]
+        for handle in handles:
+            weakref.finalize(self, handle.remove)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskHooks:
+        return self
+
+
+class _Hook:
+    """The pre-hook of one attention module."""
+
+    def __init__(self, model: weakref.ref[PreTrainedModel], module: nn.Module) -> None:
+        self.model = model
+        # accelerate wraps `forward` of the instance; the class keeps the true signature.
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.mask_index = names.index("attention_mask")
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, MaskedCache)), None)
+        if cache is None or cache.hooks.model is not self.model:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        by_position = len(args) > self.mask_index
+        mask = args[self.mask_index] if by_position else kwargs.get("attention_mask")
+        own = cache.mask_for(module, mask, *hidden.shape[:2])
+        if own is mask:
+            return None
+        if by_position:
+            return (*args[: self.mask_index], own, *args[self.mask_index + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": own}
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, "layer_idx", None), int) or "Attention" not in type(module).__name__:
+        return False
+    return "attention_mask" in inspect.signature(type(module).forward).parameters

@@ -1,0 +1,97 @@
+"""Which of the stored tokens to keep: pure functions on tensors and counts, with no state.
+
+Shapes: B rows of a batch, H key-value heads, n stored slots, D head size. Slots stand in position order; a slot may be empty
+or hold padding, neither of which is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from knormpress.press import KnormPress, share
+
+__all__ = ["budget", "gather", "key_norms", "select"]
+
+
+def key_norms(keys: Tensor, positions: Tensor) -> Tensor:
+    """L2 norm of each key, the score of Devoto et al. (arXiv 2406.11430): the lowest are kept.
+
+    Args:
+        keys: (B, H, n, D), with the rotation of their position or without: a rotation leaves norms as they are.
+        positions: (B or 1, H or 1, n); not used by this score.
+
+    Returns:
+        (B, H, n) in float32, or in float64 for float64 keys.
+    """
+    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+
+
+def budget(press: KnormPress, ratio: float, *, seen: int, stored: int, new: int) -> int:
+    """How many tokens one row of a layer holds on to after a forward pass.
+
+    Args:
+        press: the policy; its ``keep_ratio`` gives way to ``ratio``, the layer's own.
+        seen: tokens of the row that have passed through the layer, the new ones among them.
+        stored: tokens of the row that the layer holds now, the new ones among them.
+        new: tokens of the row that the pass brought.
+
+    Returns:
+        A number of at most ``stored``; ``stored`` itself where nothing is to be dropped yet.
+    """
+    if ratio == 1.0 or new == 0:
+        return stored
+    if press.schedule == "iterative":
+        if stored < press.prune_after:
+            return stored
+        wanted = share(ratio, stored)
+    else:
+        if seen < press.prune_after:
+            return stored
+        wanted = share(ratio, seen)
+        decoding = new == 1 and seen > press.prune_after
+        if decoding and stored - wanted < press.prune_interval:
+            return stored
+    return min(stored, max(wanted, press.keep_recent))
+
+
+def select(scores: Tensor, budgets: Sequence[int], *, real: Tensor | None = None, keep_recent: int = 0) -> Tensor:
+    """The slots to keep: in each row and head the ``budgets[row]`` lowest scores, ties going to the older token.
+
+    Args:
+        scores: (B, H, n), finite.
+        budgets: one number a row, at most the real tokens of that row.
+        real: (B, H or 1, n), False where a slot is empty or holds padding; None where all are real.
+        keep_recent: the newest real tokens of each row that are kept whatever their score.
+
+    Returns:
+        (B, H, max(budgets)) int64, ascending slot numbers; rows with a smaller budget begin with -1.
+    """
+    n = scores.shape[-1]
+    slots = torch.arange(n, device=scores.device)
+    if keep_recent:
+        newer = n - 1 - slots if real is None else real.flip(-1).cumsum(-1).flip(-1) - 1
+        scores = scores.masked_fill(newer < keep_recent, -torch.inf)
+    if real is not None:
+        scores = scores.masked_fill(~real, torch.inf)
+    order = scores.argsort(dim=-1, stable=True)
+    limits = torch.tensor(budgets, device=scores.device).view(-1, 1, 1)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, (slots < limits).expand_as(order))
+    return torch.where(kept, slots, -1).sort(dim=-1).values[..., n - max(budgets) :]
+
+
+def gather(states: Tensor, slots: Tensor) -> Tensor:
+    """The states at ``slots``, in storage of their own: a view would free nothing.
+
+    Args:
+        states: (B, H, n, ...).
+        slots: (B, H, m) from ``select``; what an empty slot (-1) receives is arbitrary and must be masked.
+
+    Returns:
+        (B, H, m, ...), contiguous.
+    """
+    rows = torch.arange(states.shape[0], device=states.device).view(-1, 1, 1)
+    heads = torch.arange(states.shape[1], device=states.device).view(1, -1, 1)
+    return states[rows, heads, slots.clamp(min=0)]

@@ -1,0 +1,213 @@
+"""What a measurement leaves behind: the schema of a record, and the JSON Lines file that holds records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from knormpress.errors import KnormError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Conditions",
+    "DocumentScore",
+    "Environment",
+    "Latency",
+    "Memory",
+    "MemoryReading",
+    "ModelInfo",
+    "Policy",
+    "Quality",
+    "Record",
+    "Run",
+    "TextInfo",
+    "append_record",
+    "read_records",
+]
+
+SCHEMA_VERSION: Final = 1
+
+
+class _Strict(BaseModel):
+    # JSON has no NaN or infinity: as strings they survive the round trip, and the file stays JSON for every reader.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), ser_json_inf_nan="strings")
+
+
+class Environment(_Strict):
+    """The machine and the software a cell was measured with."""
+
+    knormpress: str
+    python: str
+    torch: str
+    transformers: str
+    platform: str
+    processor: str
+    device: str
+    device_name: str
+    threads: int
+    git_commit: str | None
+    git_dirty: bool | None
+
+
+class ModelInfo(_Strict):
+    """Which model: ``fingerprint`` is a hash over its configuration and weights."""
+
+    name: str
+    source: str
+    fingerprint: str
+    dtype: str
+    parameters: int
+
+
+class TextInfo(_Strict):
+    """Which text: ``sha256`` is over the whole text, before it was cut into documents."""
+
+    name: str
+    source: str
+    sha256: str
+
+
+class Policy(_Strict):
+    """The method and, for the methods that prune by a press, its fields (see ``KnormPress``)."""
+
+    method: str
+    keep_ratio: float
+    prune_after: int
+    skip_layers: tuple[int, ...]
+    layer_keep_ratios: tuple[float, ...] | None
+    keep_recent: int
+    prune_interval: int
+    schedule: Literal["proportional", "iterative"]
+
+
+class Conditions(_Strict):
+    """How a cell was measured."""
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_chunk: int | None
+    rounds: int
+    samples: int
+    context_tokens: int
+    scored_tokens: int
+
+
+class Run(_Strict):
+    """One timed generation, in seconds: time to first token, then the gap before each further token."""
+
+    ttft_s: float
+    gaps_s: tuple[float, ...]
+
+
+class Latency(_Strict):
+    """Generations of baseline and candidate, measured in turn: ``baseline[i]`` and ``candidate[i]`` are a pair."""
+
+    baseline: tuple[Run, ...]
+    candidate: tuple[Run, ...]
+    ttft_cold_s: float | None = Field(description="the first call of the process; None in every later cell")
+
+
+class MemoryReading(_Strict):
+    """A figure in bytes named for what it is, or None and the reason why this device can't give it."""
+
+    name: str
+    bytes: int | None
+    reason: str | None = None
+
+
+class Memory(_Strict):
+    """Bytes of storage the caches hold after the prompt, and what the device reports beside them."""
+
+    baseline_cache_bytes: int
+    candidate_cache_bytes: int
+    baseline_device: tuple[MemoryReading, ...]
+    candidate_device: tuple[MemoryReading, ...]
+
+
+class DocumentScore(_Strict):
+    """One document scored through both caches: the negative log-likelihood (nats) of each scored token, in order."""
+
+    document: int
+    baseline_nll: tuple[float, ...]
+    candidate_nll: tuple[float, ...]
+    kl: float
+    top1_agreement: float
+
+
+class Quality(_Strict):
+    """The scored documents. KL is the mean of KL(full || candidate) in nats over a document's scored tokens."""
+
+    documents: tuple[DocumentScore, ...]
+
+
+class Record(_Strict):
+    """One finished cell of a sweep: a method under one policy against the full cache, in one process."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: str
+    environment: Environment
+    model: ModelInfo
+    text: TextInfo
+    policy: Policy
+    conditions: Conditions
+    latency: Latency
+    memory: Memory
+    quality: Quality
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add ``record`` as one line to the JSON Lines file ``path``.
+
+    The new file is written beside the old one and renamed over it, so that a kill at any moment leaves either of the
+    two whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"  # a last line that was cut short must not swallow the new one
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            file.write(before + record.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a JSON Lines file, in order; empty lines are passed over.
+
+    Raises:
+        KnormError: the file can't be read, or a line is not a whole record of this schema version; the file is left as
+            it is.
+    """
+    try:
+        # Not splitlines(): a name may hold U+2028 or another of the line ends that JSON leaves unescaped.
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise KnormError(
+            f"no records can be read from {path} ({error.strerror}); measure first, or name another file"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield Record.model_validate_json(line)
+        except ValidationError as error:
+            raise KnormError(
+                f"{path} line {number} is not a whole record of schema version {SCHEMA_VERSION} ({_fault(error)}); "
+                "mend or remove that line, or start over with --fresh"
+            ) from error
+
+
+def _fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["loc"] == ("schema_version",):
+        return f"its schema_version is {first['input']!r}"
+    return f"{'.'.join(map(str, first['loc'])) or 'the line'}: {first['msg']}"

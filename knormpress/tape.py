@@ -1,0 +1,74 @@
+"""Tensors that grow along their third dimension without copying what is already there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tape"]
+
+
+class Tape:
+    """A tensor (B, H, length, ...) to which single slots are appended in place.
+
+    ``torch.cat`` copies the whole cache for every decoded token. A tape keeps spare room for at least 64 slots, and at most
+    1/64 of its length beyond that, once single slots are appended; before, its storage is exact.
+    """
+
+    def __init__(self) -> None:
+        self._store: Tensor | None = None
+        self.length = 0
+
+    @property
+    def view(self) -> Tensor:
+        """The slots in use: (B, H, length, ...), a view of the storage."""
+        assert self._store is not None
+        return self._store[:, :, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage really held, spare room counted."""
+        return 0 if self._store is None else self._store.untyped_storage().nbytes()
+
+    def replace(self, states: Tensor) -> Tensor:
+        """Hold ``states`` and nothing else; copied only if they are a part of a larger storage. Returns the view."""
+        if states.untyped_storage().nbytes() > states.numel() * states.element_size():
+            states = states.contiguous() if not states.is_contiguous() else states.clone()
+        self._store, self.length = states, states.shape[2]
+        return self.view
+
+    def append(self, states: Tensor) -> Tensor:
+        """Add the slots of ``states`` (B, H, new, ...) at the end; returns the view of all."""
+        if self._store is None:
+            return self.replace(states)
+        length, new = self.length, states.shape[2]
+        if new > 1 or states.requires_grad or self._store.requires_grad:
+            return self.replace(torch.cat([self.view, states], dim=2))
+        if length + new > self._store.shape[2] or self._is_read_only():
+            self._grow(length + new + max(64, length // 64))
+        self.length = length + new
+        self._store[:, :, length : self.length] = states
+        return self.view
+
+    def truncate(self, length: int) -> Tensor:
+        """Forget the slots from ``length`` on; their room stays as spare room. Returns the view."""
+        self.length = length
+        return self.view
+
+    def select_rows(self, rows: Tensor) -> Tensor:
+        """Make row i what row ``rows[i]`` was. Returns the view."""
+        assert self._store is not None
+        self._store = self._store.index_select(0, rows.to(self._store.device))
+        return self.view
+
+    def _grow(self, capacity: int) -> None:
+        view = self.view
+        # Storage made in inference mode could not be written to after the mode is left.
+        with torch.inference_mode(False):
+            self._store = torch.empty(
+                (*view.shape[:2], capacity, *view.shape[3:]), dtype=view.dtype, device=view.device
+            )
+        self._store[:, :, : self.length] = view
+
+    def _is_read_only(self) -> bool:
+        return self._store is not None and self._store.is_inference() and not torch.is_inference_mode_enabled()

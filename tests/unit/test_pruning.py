@@ -1,0 +1,132 @@
+"""Budgets, selection and gathering, against small independent references."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knormpress import KnormPress
+from knormpress.pruning import budget, gather, key_norms, select
+
+# Few distinct values, so that ties are the rule.
+tied_scores = st.integers(1, 30).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=1, max_size=3)
+)
+
+
+def reference(row: list[float], kept: int, real: list[bool], recent: int) -> list[int]:
+    """The slots to keep, by sorting (score, age) in plain Python."""
+    slots = [slot for slot in range(len(row)) if real[slot]]
+    forced = slots[len(slots) - recent :] if recent else []
+    others = sorted((slot for slot in slots if slot not in forced), key=lambda slot: (row[slot], slot))
+    return sorted((forced[-kept:] + others)[:kept]) if kept else []
+
+
+@given(rows=tied_scores, data=st.data())
+def test_selects_the_lowest_and_breaks_ties_by_age(rows, data):
+    scores = torch.tensor(rows, dtype=torch.float32)[:, None]
+    n = scores.shape[-1]
+    real = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in rows]
+    for row in real:
+        row[data.draw(st.integers(0, n - 1))] = True
+    recent = data.draw(st.integers(0, 3))
+    budgets = [data.draw(st.integers(min(max(1, recent), sum(row)), sum(row))) for row in real]
+    slots = select(scores, budgets, real=torch.tensor(real)[:, None], keep_recent=recent)
+    assert slots.shape == (len(rows), 1, max(budgets))
+    for row, kept, is_real, found in zip(rows, budgets, real, slots[:, 0].tolist(), strict=True):
+        assert found[: max(budgets) - kept] == [-1] * (max(budgets) - kept)
+        assert found[max(budgets) - kept :] == reference(row, kept, is_real, recent)
+
+
+def test_heads_choose_for_themselves():
+    scores = torch.tensor([[[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]]])
+    assert select(scores, [2]).tolist() == [[[1, 2], [0, 1]]]
+
+
+def test_all_equal_keys_keep_the_oldest():
+    assert select(torch.ones(1, 2, 500), [250])[0].tolist() == [list(range(250))] * 2
+
+
+def test_gather_takes_new_storage():
+    states = torch.randn(2, 3, 10, 4)
+    slots = torch.tensor([0, 3, 9]).expand(2, 3, 3)
+    kept = gather(states, slots)
+    assert torch.equal(kept, states[:, :, [0, 3, 9]])
+    assert kept.untyped_storage().nbytes() == kept.numel() * 4
+    assert kept.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_norms_are_wide(dtype, expected):
+    keys = torch.full((1, 1, 2, 64), 300.0).to(dtype)
+    norms = key_norms(keys, torch.zeros(1, 1, 2))
+    assert norms.dtype == expected
+    assert torch.allclose(norms, keys.to(torch.float64).square().sum(-1).sqrt().to(expected))
+
+
+def decide(press: KnormPress, lengths: list[int]) -> list[tuple[int, int]]:
+    """(seen, stored) after each pass of ``lengths`` tokens."""
+    seen = stored = 0
+    states = []
+    for new in lengths:
+        seen, stored = seen + new, stored + new
+        stored = budget(press, press.keep_ratio, seen=seen, stored=stored, new=new)
+        states.append((seen, stored))
+    return states
+
+
+def test_proportional_schedule_step_by_step():
+    press = KnormPress(0.5, prune_after=10, prune_interval=3)
+    assert decide(press, [9, 1, 1, 1, 1, 1, 1, 4]) == [
+        (9, 9),  # below prune_after
+        (10, 5),  # the first pass at it prunes at once, though it brought one token
+        (11, 6),
+        (12, 7),
+        (13, 8),
+        (14, 9),
+        (15, 10),
+        (19, 10),  # a pass of several tokens prunes at once
+    ]
+
+
+def test_decoding_prunes_once_the_interval_is_full():
+    states = decide(KnormPress(0.5, prune_after=10, prune_interval=3), [10, *[1] * 40])
+    over = [stored - math.ceil(seen / 2) for seen, stored in states]
+    assert max(over) < 3
+    assert over.count(0) < len(over) / 2
+
+
+@given(
+    ratio=st.integers(1, 100).map(lambda p: p / 100),
+    prune_after=st.integers(1, 60),
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=12),
+)
+def test_iterative_schedule_is_the_papers(ratio, prune_after, lengths):
+    expected = 0
+    press = KnormPress(ratio, prune_after=prune_after, schedule="iterative")
+    for new, (_, stored) in zip(lengths, decide(press, lengths), strict=True):
+        expected += new
+        if expected >= prune_after:
+            expected = math.ceil(Fraction(str(ratio)) * expected)
+        assert stored == expected
+
+
+@given(
+    ratio=st.integers(1, 100).map(lambda p: p / 100), prune_after=st.integers(1, 60), prompt=st.integers(1, 200)
+)
+def test_one_prefill_keeps_the_share_of_the_prompt(ratio, prune_after, prompt):
+    stored = budget(KnormPress(ratio, prune_after=prune_after), ratio, seen=prompt, stored=prompt, new=prompt)
+    assert stored == (math.ceil(Fraction(str(ratio)) * prompt) if prompt >= prune_after else prompt)
+
+
+def test_keep_recent_is_a_floor():
+    assert budget(KnormPress(0.1, prune_after=1, keep_recent=30), 0.1, seen=100, stored=100, new=100) == 30
+    assert budget(KnormPress(0.1, prune_after=1, keep_recent=300), 0.1, seen=100, stored=100, new=100) == 100

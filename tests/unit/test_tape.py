@@ -1,0 +1,66 @@
+"""Growing in place: content, storage, and the modes in which writing in place is not allowed."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knormpress.tape import Tape
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=60), st.randoms(use_true_random=False))
+def test_holds_what_concatenation_holds(sizes, random):
+    tape, expected = Tape(), torch.empty(2, 1, 0, 3)
+    for size in sizes:
+        new = torch.full((2, 1, size, 3), random.random())
+        expected = torch.cat([expected, new], dim=2)
+        assert torch.equal(tape.append(new), expected)
+        if random.random() < 0.2:
+            keep = random.randint(1, tape.length)
+            expected = expected[:, :, :keep]
+            assert torch.equal(tape.truncate(keep), expected)
+
+
+def test_single_slots_are_not_copied():
+    tape = Tape()
+    tape.append(torch.randn(1, 2, 100, 4))
+    tape.append(torch.randn(1, 2, 1, 4))
+    address = tape.view.data_ptr()
+    for _ in range(60):
+        tape.append(torch.randn(1, 2, 1, 4))
+    assert tape.view.data_ptr() == address
+
+
+def test_spare_room_is_small_and_counted():
+    tape = Tape()
+    tape.append(torch.randn(1, 1, 8000, 4))
+    assert tape.nbytes == 8000 * 16
+    tape.append(torch.randn(1, 1, 1, 4))
+    assert 8001 * 16 < tape.nbytes <= (8001 + 125) * 16
+
+
+def test_a_view_of_something_larger_is_copied():
+    tape = Tape()
+    tape.append(torch.randn(1, 1, 100, 4)[:, :, :10])
+    assert tape.nbytes == 10 * 16
+
+
+def test_writing_goes_on_after_inference_mode():
+    tape = Tape()
+    with torch.inference_mode():
+        tape.append(torch.ones(1, 1, 3, 2))
+        tape.append(torch.ones(1, 1, 1, 2))
+    tape.append(torch.ones(1, 1, 1, 2))
+    with torch.inference_mode():
+        tape.select_rows(torch.tensor([0, 0]))
+    assert torch.equal(tape.append(torch.ones(2, 1, 1, 2)), torch.ones(2, 1, 6, 2))
+
+
+def test_gradients_flow_through_what_is_stored():
+    tape = Tape()
+    first = torch.ones(1, 1, 1, 2, requires_grad=True)
+    tape.append(first)
+    tape.append(torch.ones(1, 1, 1, 2))
+    tape.append(torch.ones(1, 1, 1, 2)).sum().backward()
+    assert torch.equal(first.grad, torch.ones_like(first))
