@@ -1,278 +1,48 @@
 """``KnormCache``: a transformers cache that prunes itself and stays exact.
 
-After every forward pass each full-attention layer drops what its policy says. What stays keeps the rotation of its original
-position, new tokens get their true position, and every layer attends through a mask of its own, so that the logits are those
-of the full cache with the dropped positions masked.
+After every forward pass each full-attention layer drops what its policy says. What stays keeps the rotation of its
+original position, new tokens get their true position, and every layer attends through a mask of its own, so that the
+logits are those of the full cache with the dropped positions masked.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from knormpress.errors import KnormError
-from knormpress.masks import MaskedCache, MaskHooks, full_past, layer_mask, real_tokens
+from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog
+from knormpress.masks import MaskedCache, MaskHooks, dense_mask, flex_mask, full_past, layer_mask, real_tokens
 from knormpress.press import KnormPress
-from knormpress.pruning import budget, gather, key_norms, select
-from knormpress.tape import Tape
+from knormpress.pruning import key_norms
 
 __all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "pruned_generation"]
 
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Keys (B, H, n, D) and positions (B or 1, H or 1, n) to scores (B, H, n); the lowest are kept."""
-
 
 @dataclass(frozen=True)
-class LayerStats:
-    """What a layer has done: tokens seen, slots stored, tokens evicted (seen - stored), bytes held."""
+class _Pass:
+    """The shared mask of the forward pass under way, read once for all layers and not kept alive beyond it."""
 
-    seen: int
-    stored: int
-    evicted: int
-    nbytes: int
-
-
-class TokenLog:
-    """The tokens a model has seen, and which of them are padding; shared by all the layers of a cache."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self.real: Tensor | None = None
-
-    def extend(self, batch: int, new: int, real: Tensor | None) -> None:
-        """Note ``new`` tokens in each row; ``real`` (batch, new) is False for padding, None where there is none."""
-        if real is not None and self.real is None:
-            self.real = real.new_ones(batch, self.seen)
-        if self.real is not None:
-            added = self.real.new_ones(batch, new) if real is None else real.expand(batch, -1)
-            self.real = torch.cat([self.real, added], dim=1)
-        self.seen += new
-
-    def counts(self, batch: int, start: int, end: int) -> list[int]:
-        """How many tokens from position ``start`` to ``end`` are no padding, row by row."""
-        if self.real is None:
-            return [end - start] * batch
-        return [int(count) for count in self.real[:, start:end].sum(dim=1).tolist()]
-
-    def truncate(self, seen: int) -> None:
-        """Forget the tokens from position ``seen`` on."""
-        self.seen = seen
-        self.real = self.real[:, :seen] if self.real is not None and seen else None
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Make row i what row ``rows[i]`` was."""
-        if self.real is not None:
-            self.real = self.real.index_select(0, rows.to(self.real.device))
-
-
-class KnormLayer(CacheLayerMixin):
-    """One full-attention layer of a ``KnormCache``."""
-
-    is_croppable = True
-    is_sliding = False
-
-    def __init__(self, index: int, press: KnormPress, ratio: float, score: Score, log: TokenLog) -> None:
-        super().__init__()
-        self.index, self.press, self.ratio, self.score, self.log = index, press, ratio, score, log
-        self.record_past = False
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every token."""
-        self._tapes = (Tape(), Tape())
-        self._slots = Tape()
-        self.keys = self.values = None
-        self.is_initialized = False
-        self.seen = 0
-        self.pruned_at = 0
-        self.holes = False
-        self.record_past = False
-        self._row_stored: list[int] = []
-        self._row_new: list[int] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take batch size, device and type from the first states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._row_stored = [0] * key_states.shape[0]
-        self._row_new = [0] * key_states.shape[0]
-        self.is_initialized = True
-
-    @property
-    def stored(self) -> int:
-        """Slots held now, empty ones counted: those exist in batches whose rows have unequal budgets."""
-        return self._tapes[0].length
-
-    @property
-    def positions(self) -> Tensor:
-        """(batch, kv_heads, stored): the original position of each stored token, ascending; -1 marks an empty slot."""
-        if self.keys is None:
-            return torch.empty(0, 0, 0, dtype=torch.int32)
-        if self._slots.length:
-            return self._slots.view
-        return torch.arange(self.stored, dtype=torch.int32, device=self.keys.device).expand(*self.keys.shape[:3])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage really held, positions and spare room counted."""
-        return sum(tape.nbytes for tape in (*self._tapes, self._slots))
-
-    def get_seq_length(self) -> int:
-        """Tokens seen: the position of the next token, from which transformers derives its positions."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(tokens a shared mask has to cover, offset of the first): every token seen, whatever is still stored."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: the layer has no maximum."""
-        return -1
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new tokens, then prune.
-
-        Args:
-            key_states, value_states: (batch, kv_heads, new, head_dim).
-
-        Returns:
-            Keys and values (batch, kv_heads, stored before + new, head_dim): what this pass attends to.
-
-        Raises:
-            KnormError: the batch size changed, or keys are not finite.
-        """
-        batch, _, new, _ = key_states.shape
-        self.expect(batch)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self._slots.length:
-            added = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=key_states.device)
-            self._slots.append(added.expand(*key_states.shape[:2], new))
-        self.keys, self.values = (
-            tape.append(states) for tape, states in zip(self._tapes, (key_states, value_states), strict=True)
-        )
-        keys, values = self.keys, self.values
-        if self.log.seen < self.seen + new:
-            self.log.extend(batch, self.seen + new - self.log.seen, None)
-        self._count(self.log.counts(batch, self.seen, self.seen + new))
-        self.seen += new
-        if not self.record_past:
-            self._prune()
-        return keys, values
-
-    def expect(self, batch: int) -> None:
-        """Check that ``batch`` rows may come.
-
-        Raises:
-            KnormError: the layer holds another number of rows.
-        """
-        if self.is_initialized and batch != len(self._row_stored):
-            raise KnormError(
-                f"layer {self.index} got a batch of {batch} rows, but its cache holds {len(self._row_stored)}; "
-                "use a fresh cache, or batch_select_indices / batch_repeat_interleave first"
-            )
-
-    def activate_past_recording(self) -> None:
-        """Put pruning off until ``crop``, so that the newest tokens can be taken back (assisted decoding)."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest ``-tokens_to_remove`` tokens, then catch up on pruning that was put off.
-
-        Raises:
-            KnormError: the tokens are older than the last pruning, which chose with them in view.
-        """
-        removed = abs(tokens_to_remove)
-        if not self.is_initialized:
-            return
-        if removed:
-            if self.seen - removed < self.pruned_at:
-                raise KnormError(
-                    f"layer {self.index} can't take back {removed} tokens: it pruned at {self.pruned_at} of {self.seen}; "
-                    "call activate_past_recording() before the tokens come"
-                )
-            gone = self.log.counts(len(self._row_stored), self.seen - removed, self.seen)
-            self._count([-count for count in gone])
-            self.seen -= removed
-            self.keys, self.values = (tape.truncate(tape.length - removed) for tape in self._tapes)
-            if self._slots.length:
-                self._slots.truncate(self.stored)
-        if self.record_past:
-            self._prune()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i what row ``beam_idx[i]`` was."""
-        if not self.is_initialized:
-            return
-        self.keys, self.values = (tape.select_rows(beam_idx) for tape in self._tapes)
-        if self._slots.length:
-            self._slots.select_rows(beam_idx)
-        rows = beam_idx.tolist()
-        self._row_stored = [self._row_stored[row] for row in rows]
-        self._row_new = [self._row_new[row] for row in rows]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times."""
-        self.reorder_cache(torch.arange(len(self._row_stored)).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` only."""
-        self.reorder_cache(torch.arange(len(self._row_stored))[indices.cpu()])
-
-    def stats(self) -> LayerStats:
-        """What the layer has seen, stored and dropped."""
-        return LayerStats(self.seen, self.stored, self.seen - self.stored, self.nbytes)
-
-    def _count(self, new: Sequence[int]) -> None:
-        self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]
-        self._row_new = [before + count for before, count in zip(self._row_new, new, strict=True)]
-
-    def _prune(self) -> None:
-        batch = len(self._row_stored)
-        seen = self.log.counts(batch, 0, self.seen) if self.log.real is not None else [self.seen] * batch
-        rows = zip(seen, self._row_stored, self._row_new, strict=True)
-        budgets = [budget(self.press, self.ratio, seen=s, stored=k, new=n) for s, k, n in rows]
-        self._row_new = [0] * batch
-        if budgets == self._row_stored:
-            return
-        assert self.keys is not None
-        positions = self.positions
-        real = self._real(positions)
-        scores = self.score(self.keys, positions)
-        finite = scores.isfinite() if real is None else scores.isfinite() | ~real
-        if not bool(finite.all()):
-            raise KnormError(
-                f"layer {self.index} has keys that are NaN or infinite, which no norm can rank; "
-                "look for an overflow in the model, or use a wider dtype"
-            )
-        slots = select(scores, budgets, real=real, keep_recent=self.press.keep_recent)
-        self.holes = min(budgets) < max(budgets)
-        positions = gather(positions, slots).masked_fill(slots < 0, -1)
-        self._slots.replace(positions)
-        self.keys, self.values = (tape.replace(gather(tape.view, slots)) for tape in self._tapes)
-        self._row_stored = budgets
-        self.pruned_at = self.seen
-
-    def _real(self, positions: Tensor) -> Tensor | None:
-        if self.log.real is None:
-            return positions >= 0 if self.holes else None
-        real = self.log.real[:, None, : self.seen].expand(-1, positions.shape[1], -1)
-        return real.gather(-1, positions.clamp(min=0).long()) & (positions >= 0)
+    mask: Callable[[], Any]
+    dense: Callable[[], Tensor | None]
+    plain: bool
 
 
 class KnormCache(MaskedCache):
     """A cache for ``model`` that keeps what ``press`` says, in each of its full-attention layers.
 
     Sliding-window and linear-attention layers are transformers' own. Hand it to ``generate()`` or to a forward pass as
-    ``past_key_values``; a filled cache takes a second turn. Made for one model: the masks of its layers are handed out by
-    hooks on that model's attention modules, which do nothing while another cache is in use and go with its last KnormCache.
+    ``past_key_values``; a filled cache takes a second turn. Made for one model: the masks of its layers are handed out
+    by hooks on that model's attention modules, which do nothing while another cache is in use and go with its last
+    KnormCache.
 
     Args:
         model: a decoder with at least one full-attention layer.
@@ -280,8 +50,8 @@ class KnormCache(MaskedCache):
         score: what ranks the tokens, the lowest being kept; the L2 norm of the keys unless given.
 
     Raises:
-        KnormError: the model has no layer to prune, is an encoder-decoder, or shares keys between layers; or ``press`` names
-            layers that it doesn't have.
+        KnormError: the model has no layer to prune, is an encoder-decoder, shares keys between layers, or biases
+            attention by key position; or ``press`` names layers that it doesn't have.
     """
 
     def __init__(self, model: PreTrainedModel, press: KnormPress, score: Score = key_norms) -> None:
@@ -290,6 +60,11 @@ class KnormCache(MaskedCache):
             raise KnormError(f"{type(model).__name__} is an encoder-decoder; KnormPress prunes decoder-only models")
         if getattr(config, "kv_sharing_modes", None) is not None:
             raise KnormError(f"{type(model).__name__} shares keys between layers, which KnormPress can't prune")
+        if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+            raise KnormError(
+                f"{type(model).__name__} adds a bias by key position (ALiBi), which KnormPress can't prune; "
+                "use a model with rotary or learned positions"
+            )
         layers = DynamicCache(config=config).layers
         prunable = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not prunable:
@@ -301,8 +76,8 @@ class KnormCache(MaskedCache):
         self.hooks = MaskHooks.on(model)
         if not self.hooks.layers.issuperset(prunable):
             raise KnormError(
-                f"{type(model).__name__} has attention modules of an unknown form, so its layers can't get their own masks; "
-                "KnormPress needs modules with a layer_idx that take an attention_mask"
+                f"{type(model).__name__} has attention modules of an unknown form, so its layers can't get their own "
+                "masks; KnormPress needs modules with a layer_idx that take an attention_mask"
             )
         self.log = TokenLog()
         for index in prunable:
@@ -311,8 +86,7 @@ class KnormCache(MaskedCache):
         self.press = press
         self._config = config
         self._announced: int | None = None
-        self._last_mask: Callable[[], Tensor | None] = lambda: None
-        self._plain = False
+        self._pass = _Pass(_nothing, _nothing, True)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -325,40 +99,66 @@ class KnormCache(MaskedCache):
         if isinstance(self.layers[layer_idx], KnormLayer) and self._announced != layer_idx:
             model = self.hooks.model()
             name = "a model that is gone" if model is None else f"one {type(model).__name__}"
-            raise KnormError(f"this cache was made for {name} and is used with another; make a KnormCache for each model")
+            raise KnormError(
+                f"this cache was made for {name} and is used with another; make a KnormCache for each model"
+            )
         self._announced = None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> Any:
-        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones that come to each row."""
-        index = module.layer_idx
+        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones that come to each row.
+
+        Raises:
+            KnormError: the batch size changed, the model has no position for the new tokens, an earlier pass broke
+                off, or a custom mask does not cover the tokens seen. The cache is as it was before.
+        """
+        index = cast(int, module.layer_idx)
         layer = self.layers[index]
         if not isinstance(layer, KnormLayer):
             return mask
         layer.expect(batch)
-        self._announced = index
-        if self.log.seen == layer.seen:
-            self.log.extend(batch, new, real_tokens(mask, layer.seen, new))
-        elif self.log.seen != layer.seen + new:
+        if self.log.seen not in (layer.seen, layer.seen + new):
             raise KnormError(
                 f"layer {index} has seen {layer.seen} tokens of {self.log.seen}: an earlier forward pass broke off; "
                 "reset() the cache and start again"
             )
-        if mask is not None and self._last_mask() is not mask:
-            self._last_mask, self._plain = weakref.ref(mask), full_past(mask, layer.seen)
+        if self._pass.mask() is not mask or self.log.seen == layer.seen:
+            self._pass = self._new_pass(mask, layer.seen, new)
+        if self.log.seen == layer.seen:
+            self.log.extend(batch, new, real_tokens(self._pass.dense(), layer.seen, new))
+        self._announced = index
         if not layer.pruned_at:
             return mask
-        groups = getattr(module, "num_key_value_groups", None)
-        return layer_mask(
-            mask,
+        own = layer_mask(
+            self._pass.dense(),
             layer.positions,
             seen=layer.seen,
             new=new,
-            groups=groups or self._config.num_attention_heads // layer.positions.shape[1],
+            groups=self._config.num_attention_heads // layer.positions.shape[1],
             holes=layer.holes,
-            plain=self._plain,
+            plain=self._pass.plain,
             flash="flash" in (self._config._attn_implementation or ""),
         )
+        is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
+        return flex_mask(own) if is_flex and own is not None else own
+
+    def _new_pass(self, mask: Any, seen: int, new: int) -> _Pass:
+        positions = getattr(self._config, "max_position_embeddings", None)
+        if positions is not None and seen + new > positions:
+            raise KnormError(
+                f"{seen} tokens seen and {new} new ones are more than the model's {positions} positions; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
+        if mask is None:
+            return _Pass(_nothing, _nothing, True)
+        dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
+        if dense.shape[-1] != seen + new:
+            raise KnormError(
+                f"the attention mask covers {dense.shape[-1]} tokens, but {seen} were seen and {new} come; "
+                f"give a mask over all {seen + new}, as without pruning"
+            )
+        reference = weakref.ref(mask)
+        return _Pass(reference, reference if dense is mask else lambda: dense, full_past(dense, seen))
 
     @property
     def nbytes(self) -> int:
@@ -366,14 +166,14 @@ class KnormCache(MaskedCache):
         return sum(_layer_bytes(layer) for layer in self.layers)
 
     def stats(self) -> list[LayerStats]:
-        """Seen, stored, evicted and bytes of each layer, in the model's order; sliding and linear layers evict by themselves."""
+        """What each layer has seen, stored and dropped; sliding and linear layers drop by rules of their own."""
         return [layer.stats() if isinstance(layer, KnormLayer) else _foreign_stats(layer) for layer in self.layers]
 
     def prefill_from(self, full: Cache) -> None:
         """Take the tokens of ``full``, a filled and unpruned cache of the same model, as if they came in one prefill.
 
-        The result is that of prefilling this cache with the same tokens in one pass, since such a pass attends to all of them
-        before anything is dropped. ``full`` is not changed, and must hold no padding.
+        The result is that of prefilling this cache with the same tokens in one pass, since such a pass attends to all
+        of them before anything is dropped. ``full`` is not changed, and must hold no padding.
 
         Raises:
             KnormError: this cache is not empty, or a layer of ``full`` is not whole.
@@ -382,16 +182,18 @@ class KnormCache(MaskedCache):
             raise KnormError(f"this cache has seen {self.log.seen} tokens; prefill_from needs an empty one")
         seen = full.get_seq_length()
         for index, (layer, source) in enumerate(zip(self.layers, full.layers, strict=True)):
-            if not isinstance(layer, KnormLayer) or source.keys.shape[2] != seen:
+            keys, values = getattr(source, "keys", None), getattr(source, "values", None)
+            if not isinstance(layer, KnormLayer) or keys is None or values is None or keys.shape[2] != seen:
                 raise KnormError(
                     f"layer {index} of the full cache is no whole full-attention layer of {seen} tokens; "
                     "prefill this cache with the model instead"
                 )
-            layer.update(source.keys, source.values)
+            layer.update(keys, values)
 
     def reset(self) -> None:
         """Forget every token; the cache is as new."""
-        super().reset()
+        for layer in self.layers:
+            layer.reset()
         self.log.truncate(0)
         self._announced = None
 
@@ -402,7 +204,7 @@ class KnormCache(MaskedCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row ``beam_idx[i]`` was."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.log.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -437,16 +239,21 @@ def pruned_generation(
         return original(*args, **kwargs)
 
     new_cache()  # an unfit model or press is told of here, not in the middle of a generation
-    original = model.generate
+    target: Any = model
+    original = target.generate
     outer = vars(model).get("generate")
-    model.generate = generate  # type: ignore[method-assign, assignment]
+    target.generate = generate
     try:
         yield new_cache
     finally:
         if outer is None:
-            del model.generate
+            del target.generate
         else:
-            model.generate = outer  # type: ignore[method-assign]
+            target.generate = outer
+
+
+def _nothing() -> None:
+    return None
 
 
 def _layer_bytes(layer: Any) -> int:

@@ -1,8 +1,8 @@
 """Attention masks for layers that hold different tokens.
 
-transformers builds one mask for all full-attention layers, sized to every token seen. ``layer_mask`` turns it into a layer's
-own: the columns of the tokens which that layer still stores. ``MaskHooks`` hands each attention module its own mask; it
-does nothing while another cache is in use.
+transformers builds one mask for all full-attention layers, sized to every token seen. ``layer_mask`` turns it into a
+layer's own: the columns of the tokens which that layer still stores. ``MaskHooks`` hands each attention module its own
+mask; it does nothing while another cache is in use.
 
 Shapes: B rows, H key-value heads, A attention heads (A = H * groups), q new tokens, n slots stored before them.
 """
@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import Cache, PreTrainedModel
 
-from knormpress.errors import KnormError
-
-__all__ = ["MaskHooks", "MaskedCache", "full_past", "layer_mask", "real_tokens"]
+__all__ = ["MaskHooks", "MaskedCache", "dense_mask", "flex_mask", "full_past", "layer_mask", "real_tokens"]
 
 
 class MaskedCache(Cache):
@@ -36,8 +35,8 @@ def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
     """Which of the ``new`` tokens are no padding, read off the mask: padding is what no query attends to.
 
     Args:
-        mask: None; (B, seen + new), as flash attention takes it; or (B, 1 or A, new, seen + new), boolean (True attends) or
-            additive.
+        mask: None; (B, seen + new), as flash attention takes it; or (B, 1 or A, new, seen + new), boolean (True
+            attends) or additive.
 
     Returns:
         (B, new) boolean, or None where there is no padding.
@@ -51,6 +50,23 @@ def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
     if bool(own.diagonal(dim1=-2, dim2=-1).all()):
         return None
     return own.any(dim=1).any(dim=1)
+
+
+def dense_mask(mask: BlockMask, new: int, total: int) -> Tensor:
+    """What a flex-attention mask over ``new`` queries and ``total`` keys says: (B, 1, new, total), True attends."""
+    return create_mask(mask.mask_mod, mask.shape[0], None, new, total, device=mask.kv_num_blocks.device.type)
+
+
+def flex_mask(mask: Tensor) -> BlockMask:
+    """The flex-attention mask that says what ``mask`` (B, 1 or A, q, n) does."""
+    batch, heads, queries, keys = mask.shape
+
+    def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask[row, head if heads > 1 else 0, query, key]
+
+    return create_block_mask(
+        attends, batch, heads if heads > 1 else None, queries, keys, device=mask.device.type, _compile=False
+    )
 
 
 def full_past(mask: Tensor, seen: int) -> bool:
@@ -75,10 +91,8 @@ def layer_mask(
         flash: whether the attention takes masks of two dimensions.
 
     Returns:
-        None where nothing is to be masked; (B, n + q) for two dimensions; else (B, 1 or A, q, n + q) of the type of ``mask``.
-
-    Raises:
-        KnormError: a custom mask does not cover the tokens seen.
+        None where nothing is to be masked; (B, n + q) for two dimensions; else (B, 1 or A, q, n + q) of the type of
+        ``mask``.
     """
     if mask is None and not holes:
         return None
@@ -86,11 +100,6 @@ def layer_mask(
     if mask is None:
         shape = (positions.shape[0], seen + new) if flash else (positions.shape[0], 1, new, seen + new)
         mask = positions.new_ones(shape, dtype=torch.bool)
-    if mask.shape[-1] != seen + new:
-        raise KnormError(
-            f"the attention mask covers {mask.shape[-1]} tokens, but {seen} were seen and {new} come; "
-            f"give a mask over all {seen + new}, as without pruning"
-        )
     if plain and not holes:
         return mask[..., seen - stored :]
     if mask.dim() == 2:

@@ -1,7 +1,7 @@
 """Which of the stored tokens to keep: pure functions on tensors and counts, with no state.
 
-Shapes: B rows of a batch, H key-value heads, n stored slots, D head size. Slots stand in position order; a slot may be empty
-or hold padding, neither of which is ever kept.
+Shapes: B rows of a batch, H key-value heads, n stored slots, D head size. Slots stand in position order; a slot may be
+empty or hold padding, neither of which is ever kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def key_norms(keys: Tensor, positions: Tensor) -> Tensor:
     Returns:
         (B, H, n) in float32, or in float64 for float64 keys.
     """
-    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    return norms
 
 
 def budget(press: KnormPress, ratio: float, *, seen: int, stored: int, new: int) -> int:

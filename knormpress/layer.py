@@ -1,0 +1,258 @@
+"""One layer of a ``KnormCache``: what it stores, and when it prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from knormpress.errors import KnormError
+from knormpress.press import KnormPress
+from knormpress.pruning import budget, gather, select
+from knormpress.tape import Tape
+
+__all__ = ["KnormLayer", "LayerStats", "Score", "TokenLog"]
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Keys (B, H, n, D) and positions (B or 1, H or 1, n) to scores (B, H, n); the lowest are kept."""
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What a layer has done: tokens seen, slots stored, tokens evicted (seen - stored), bytes held."""
+
+    seen: int
+    stored: int
+    evicted: int
+    nbytes: int
+
+
+class TokenLog:
+    """The tokens a model has seen, and which of them are padding; shared by all the layers of a cache."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.real: Tensor | None = None
+
+    def extend(self, batch: int, new: int, real: Tensor | None) -> None:
+        """Note ``new`` tokens in each row; ``real`` (batch, new) is False for padding, None where there is none."""
+        if real is not None and self.real is None:
+            self.real = real.new_ones(batch, self.seen)
+        if self.real is not None:
+            added = self.real.new_ones(batch, new) if real is None else real.expand(batch, -1)
+            self.real = torch.cat([self.real, added], dim=1)
+        self.seen += new
+
+    def counts(self, batch: int, start: int, end: int) -> list[int]:
+        """How many tokens from position ``start`` to ``end`` are no padding, row by row."""
+        if self.real is None:
+            return [end - start] * batch
+        return [int(count) for count in self.real[:, start:end].sum(dim=1).tolist()]
+
+    def truncate(self, seen: int) -> None:
+        """Forget the tokens from position ``seen`` on."""
+        self.seen = seen
+        self.real = self.real[:, :seen] if self.real is not None and seen else None
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Make row i what row ``rows[i]`` was."""
+        if self.real is not None:
+            self.real = self.real.index_select(0, rows.to(self.real.device))
+
+
+class KnormLayer(CacheLayerMixin):
+    """One full-attention layer of a ``KnormCache``."""
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, index: int, press: KnormPress, ratio: float, score: Score, log: TokenLog) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.index, self.press, self.ratio, self.score, self.log = index, press, ratio, score, log
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token."""
+        self._tapes = (Tape(), Tape())
+        self._slots = Tape()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen = 0
+        self.pruned_at = 0
+        self.holes = False
+        self.record_past = False
+        self._row_stored: list[int] = []
+        self._row_new: list[int] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take batch size, device and type from the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._row_stored = [0] * key_states.shape[0]
+        self._row_new = [0] * key_states.shape[0]
+        self.is_initialized = True
+
+    @property
+    def stored(self) -> int:
+        """Slots held now, empty ones counted: those exist in batches whose rows have unequal budgets."""
+        return self._tapes[0].length
+
+    @property
+    def positions(self) -> Tensor:
+        """(batch, kv_heads, stored): the original position of each stored token, ascending; -1 marks an empty slot."""
+        if self.keys is None:
+            return torch.empty(0, 0, 0, dtype=torch.int32)
+        if self._slots.length:
+            return self._slots.view
+        return torch.arange(self.stored, dtype=torch.int32, device=self.keys.device).expand(*self.keys.shape[:3])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage really held, positions and spare room counted."""
+        return sum(tape.nbytes for tape in (*self._tapes, self._slots))
+
+    def get_seq_length(self) -> int:
+        """Tokens seen: the position of the next token, from which transformers derives its positions."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens a shared mask has to cover, offset of the first): every token seen, whatever is still stored."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the layer has no maximum."""
+        return -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new tokens, then prune.
+
+        Args:
+            key_states, value_states: (batch, kv_heads, new, head_dim).
+
+        Returns:
+            Keys and values (batch, kv_heads, stored before + new, head_dim): what this pass attends to.
+
+        Raises:
+            KnormError: the batch size changed, or keys are not finite.
+        """
+        batch, _, new, _ = key_states.shape
+        self.expect(batch)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._slots.length:
+            added = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=key_states.device)
+            self._slots.append(added.expand(*key_states.shape[:2], new))
+        self.keys, self.values = (
+            tape.append(states) for tape, states in zip(self._tapes, (key_states, value_states), strict=True)
+        )
+        keys, values = self.keys, self.values
+        if self.log.seen < self.seen + new:
+            self.log.extend(batch, self.seen + new - self.log.seen, None)
+        self._count(self.log.counts(batch, self.seen, self.seen + new))
+        self.seen += new
+        if not self.record_past:
+            self._prune()
+        return keys, values
+
+    def expect(self, batch: int) -> None:
+        """Check that ``batch`` rows may come.
+
+        Raises:
+            KnormError: the layer holds another number of rows.
+        """
+        if self.is_initialized and batch != len(self._row_stored):
+            raise KnormError(
+                f"layer {self.index} got a batch of {batch} rows, but its cache holds {len(self._row_stored)}; "
+                "use a fresh cache, or batch_select_indices / batch_repeat_interleave first"
+            )
+
+    def activate_past_recording(self) -> None:
+        """Put pruning off until ``crop``, so that the newest tokens can be taken back (assisted decoding)."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest ``-tokens_to_remove`` tokens, then catch up on pruning that was put off.
+
+        Raises:
+            KnormError: the tokens are older than the last pruning, which chose with them in view.
+        """
+        removed = abs(tokens_to_remove)
+        if not self.is_initialized:
+            return
+        if removed:
+            if self.seen - removed < self.pruned_at:
+                raise KnormError(
+                    f"layer {self.index} can't take back {removed} tokens: it pruned at {self.pruned_at} of {self.seen}"
+                    "; call activate_past_recording() before the tokens come"
+                )
+            gone = self.log.counts(len(self._row_stored), self.seen - removed, self.seen)
+            self._count([-count for count in gone])
+            self.seen -= removed
+            self.keys, self.values = (tape.truncate(tape.length - removed) for tape in self._tapes)
+            if self._slots.length:
+                self._slots.truncate(self.stored)
+        if self.record_past:
+            self._prune()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i what row ``beam_idx[i]`` was."""
+        if not self.is_initialized:
+            return
+        self.keys, self.values = (tape.select_rows(beam_idx) for tape in self._tapes)
+        if self._slots.length:
+            self._slots.select_rows(beam_idx)
+        rows = beam_idx.tolist()
+        self._row_stored = [self._row_stored[row] for row in rows]
+        self._row_new = [self._row_new[row] for row in rows]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        self.reorder_cache(torch.arange(len(self._row_stored)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` only."""
+        self.reorder_cache(torch.arange(len(self._row_stored))[indices.cpu()])
+
+    def stats(self) -> LayerStats:
+        """What the layer has seen, stored and dropped."""
+        return LayerStats(self.seen, self.stored, self.seen - self.stored, self.nbytes)
+
+    def _count(self, new: Sequence[int]) -> None:
+        self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]
+        self._row_new = [before + count for before, count in zip(self._row_new, new, strict=True)]
+
+    def _prune(self) -> None:
+        batch = len(self._row_stored)
+        seen = self.log.counts(batch, 0, self.seen) if self.log.real is not None else [self.seen] * batch
+        rows = zip(seen, self._row_stored, self._row_new, strict=True)
+        budgets = [budget(self.press, self.ratio, seen=s, stored=k, new=n) for s, k, n in rows]
+        self._row_new = [0] * batch
+        if budgets == self._row_stored:
+            return
+        assert self.keys is not None
+        positions = self.positions
+        real = self._real(positions)
+        scores = self.score(self.keys, positions)
+        finite = scores.isfinite() if real is None else scores.isfinite() | ~real
+        if not bool(finite.all()):
+            raise KnormError(
+                f"layer {self.index} has keys that are NaN or infinite, which no norm can rank; "
+                "look for an overflow in the model, or use a wider dtype"
+            )
+        slots = select(scores, budgets, real=real, keep_recent=self.press.keep_recent)
+        self.holes = min(budgets) < max(budgets)
+        positions = gather(positions, slots).masked_fill(slots < 0, -1)
+        self._slots.replace(positions)
+        self.keys, self.values = (tape.replace(gather(tape.view, slots)) for tape in self._tapes)
+        self._row_stored = budgets
+        self.pruned_at = self.seen
+
+    def _real(self, positions: Tensor) -> Tensor | None:
+        if self.log.real is None:
+            return positions >= 0 if self.holes else None
+        real = self.log.real[:, None, : self.seen].expand(-1, positions.shape[1], -1)
+        return real.gather(-1, positions.clamp(min=0).long()) & (positions >= 0)
