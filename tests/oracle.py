@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from knormpress.cache import KnormCache, KnormLayer
+from knormpress.cache import KnormCache
+from knormpress.layer import KnormLayer
+from tests.strategies import kv_heads
 
 
 @dataclass
@@ -43,9 +45,7 @@ def run_pruned(
         for index, layer in enumerate(cache.layers):
             if not isinstance(layer, KnormLayer):
                 continue
-            heads = model.config.get_text_config().num_key_value_heads if hasattr(
-                model.config.get_text_config(), "num_key_value_heads"
-            ) else model.config.get_text_config().num_attention_heads
+            heads = kv_heads(model)
             table = visible.setdefault(index, torch.zeros(batch, heads, total, total, dtype=torch.bool))
             if start:
                 for b in range(batch):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from knormpress import KnormPress
 
@@ -27,27 +28,70 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def _llama() -> PretrainedConfig:
-    return LlamaConfig(**_COMMON)
+
+def _config(model_type: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(model_type, **{**_COMMON, **changes})
 
 
-FAMILIES = {"llama": _llama}
+_MIXED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 24,
+}
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: _config("llama"),
+    "qwen2": lambda: _config("qwen2"),
+    "qwen3": lambda: _config("qwen3", head_dim=8),
+    "mistral": lambda: _config("mistral", sliding_window=None),
+    "ministral-mixed": lambda: _config("ministral", head_dim=8, **_MIXED),
+    "gemma2": lambda: _config("gemma2", head_dim=8, **_MIXED),
+    "gemma3": lambda: _config("gemma3_text", head_dim=8, **_MIXED),
+    "phi3": lambda: _config("phi3"),
+    "gpt2": lambda: _config("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=512, num_key_value_heads=None),
+    "gpt-neox": lambda: _config("gpt_neox", num_key_value_heads=None),
+    "olmo2": lambda: _config("olmo2"),
+    "granite": lambda: _config("granite"),
+    "mixtral": lambda: _config("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: _config("qwen3_moe", head_dim=8, **_EXPERTS),
+    "qwen3-next": lambda: _config("qwen3_next", head_dim=8, **_EXPERTS, **_LINEAR),
+    "lfm2": lambda: _config("lfm2", layer_types=["conv", "full_attention", "full_attention"]),
+}
+
+# transformers gives this family no scaled_dot_product_attention, for its softcap.
+EAGER_ONLY = {"gemma2"}
 
 
 @functools.cache
 def tiny_model(
     family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> PreTrainedModel:
-    """A random model of ``family`` whose attention is far from uniform, so that a wrong mask shows in the logits."""
+    """A random model of ``family`` whose attention is far from uniform, so that a wrong mask shows in the logits.
+
+    Norm weights are spread: with those of a fresh model all keys of a family with QK-norm have one and the same norm.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention)
+    config = FAMILIES[family]()
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "ln_" in name:
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.3 * torch.randn_like(parameter))
             elif parameter.dim() > 1:
                 parameter.mul_(8)
     return model.to(dtype).eval()
+
+
+def kv_heads(model: PreTrainedModel) -> int:
+    """Key-value heads of a layer."""
+    config = model.config.get_text_config()
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 ratios = st.one_of(st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 1.0]), st.floats(0.02, 1.0).map(lambda r: round(r, 3)))
