@@ -11,18 +11,20 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from knormpress.errors import KnormError
 from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog
 from knormpress.masks import MaskedCache, MaskHooks, dense_mask, flex_mask, full_past, layer_mask, real_tokens
 from knormpress.press import KnormPress
 from knormpress.pruning import key_norms
+from knormpress.saving import read_state, write_state
 
 __all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "pruned_generation"]
 
@@ -84,6 +86,7 @@ class KnormCache(MaskedCache):
             layers[index] = KnormLayer(index, press, ratios[index], score, self.log)
         super().__init__(layers=layers)
         self.press = press
+        self.score = score
         self._config = config
         self._announced: int | None = None
         self._pass = _Pass(_nothing, _nothing, True)
@@ -190,6 +193,59 @@ class KnormCache(MaskedCache):
                 )
             layer.update(keys, values)
 
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file, so that ``load`` continues it bit for bit.
+
+        Raises:
+            KnormError: a layer's state can't be stored, such as that of linear attention, or the file can't be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        layers: list[dict[str, Any]] = []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, KnormLayer | DynamicSlidingWindowLayer):
+                raise KnormError(f"layer {index} is a {type(layer).__name__}, whose state can't be saved")
+            own, state = layer.state() if isinstance(layer, KnormLayer) else _sliding_state(layer)
+            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
+            layers.append(state)
+        if self.log.real is not None:
+            tensors["real"] = self.log.real
+        state = {"press": self.press.as_dict(), "score": _name(self.score), "seen": self.log.seen, "layers": layers}
+        write_state(Path(path), self.model, tensors, state)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, score: Score = key_norms) -> KnormCache:
+        """The cache that ``save`` wrote, ready for the next question.
+
+        Args:
+            path: the file.
+            model: the model, in the dtype, that filled the cache.
+            score: the score of the cache that was saved, if it was not the L2 norm of the keys.
+
+        Raises:
+            KnormError: the file is missing, cut short, or of another model, format version or score.
+        """
+        tensors, state = read_state(Path(path), model)
+        if state["score"] != _name(score):
+            raise KnormError(f"{path} holds a cache pruned by {state['score']}; load it with that score")
+        cache = cls(model, KnormPress(**state["press"]), score)
+        cache.log.seen, cache.log.real = state["seen"], tensors.pop("real", None)
+        for index, (layer, own) in enumerate(zip(cache.layers, state["layers"], strict=True)):
+            kept = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(index)}
+            if isinstance(layer, KnormLayer):
+                layer.restore(kept, own)
+            elif kept and isinstance(layer, DynamicSlidingWindowLayer):
+                layer.lazy_initialization(kept["keys"], kept["values"])
+                layer.keys, layer.values, layer.cumulative_length = kept["keys"], kept["values"], own["seen"]
+        return cache
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model the cache was made for."""
+        model = self.hooks.model()
+        if model is None:
+            raise KnormError("the model of this cache is gone; keep a reference to it")
+        return model
+
     def reset(self) -> None:
         """Forget every token; the cache is as new."""
         for layer in self.layers:
@@ -250,6 +306,16 @@ def pruned_generation(
             del target.generate
         else:
             target.generate = outer
+
+
+def _name(score: Score) -> str:
+    return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', repr(score))}"
+
+
+def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    keys, values = layer.keys, layer.values
+    tensors = {} if keys is None or values is None else {"keys": keys, "values": values}
+    return tensors, {"seen": layer.cumulative_length}
 
 
 def _nothing() -> None:

@@ -221,6 +221,26 @@ class KnormLayer(CacheLayerMixin):
         """What the layer has seen, stored and dropped."""
         return LayerStats(self.seen, self.stored, self.seen - self.stored, self.nbytes)
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-ready values from which ``restore`` makes this layer again."""
+        tensors = {}
+        if self.keys is not None and self.values is not None:
+            tensors = {"keys": self.keys, "values": self.values}
+        if self._slots.length:
+            tensors["positions"] = self._slots.view
+        names = ("seen", "pruned_at", "holes", "_row_stored", "_row_new")
+        return tensors, {name: getattr(self, name) for name in names}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Become the layer that ``state`` was taken of."""
+        if not tensors:
+            return
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        self.keys, self.values = self._tapes[0].replace(tensors["keys"]), self._tapes[1].replace(tensors["values"])
+        if "positions" in tensors:
+            self._slots.replace(tensors["positions"])
+        vars(self).update(state)
+
     def _count(self, new: Sequence[int]) -> None:
         self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]
         self._row_new = [before + count for before, count in zip(self._row_new, new, strict=True)]
