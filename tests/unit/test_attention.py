@@ -1,0 +1,78 @@
+"""Attention implementations beyond sdpa and eager: flash attention's two-dimensional masks, and flex attention."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from knormpress import KnormCache, KnormPress
+from tests.oracle import run_masked, run_pruned
+from tests.strategies import VOCABULARY, tiny_model
+
+PRESS = KnormPress(0.5, prune_after=8, skip_layers=(0,), prune_interval=2)
+PASSES = [15, 1, 1, 1, 9, 1, 1]
+
+
+def emulated_flash(module, query, key, value, attention_mask, scaling=None, **_):  # noqa: PLR0917
+    """What flash attention computes from its inputs, without its kernel, which needs CUDA.
+
+    Causal with the queries aligned to the last keys, and a mask (B, keys) that says which keys are no padding. Rows are
+    independent, so padding is cut out of each, as the kernel's variable-length form does.
+    """
+    batch, heads, new, _ = query.shape
+    groups = heads // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = torch.zeros_like(query)
+    for row in range(batch):
+        keep = torch.ones(key.shape[2], dtype=torch.bool) if attention_mask is None else attention_mask[row].bool()
+        used = keep[-new:]
+        if not used.any():
+            continue
+        k, v, q = key[row][:, keep], value[row][:, keep], query[row][:, used]
+        causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        out[row][:, used] = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=causal, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash_model():
+    AttentionInterface.register("two_dimensional", emulated_flash)
+    AttentionMaskInterface.register("two_dimensional", flash_attention_mask)
+    model = copy.deepcopy(tiny_model())
+    model.set_attn_implementation("two_dimensional")
+    return model
+
+
+def tokens(rows):
+    return torch.randint(2, VOCABULARY, (rows, sum(PASSES)), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("left", [(0,), (0, 7, 12)], ids=["whole", "padded"])
+def test_two_dimensional_masks_equal_masking(flash_model, left):
+    ids = tokens(len(left))
+    padding = torch.stack([(torch.arange(sum(PASSES)) >= pad).long() for pad in left]) if len(left) > 1 else None
+    cache = KnormCache(flash_model, PRESS)
+    trace = run_pruned(flash_model, cache, ids, PASSES, padding)
+    # The masked pass is computed by sdpa: flash attention takes no mask per head.
+    expected = run_masked(tiny_model(), ids, trace.visible, padding)
+    real = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()
+    assert (trace.logits - expected)[real].abs().max() < 1e-9
+    assert cache.layers[1].holes == (len(left) > 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor warns of the compiler it finds
+@pytest.mark.skipif(shutil.which("c++") is None, reason="flex attention is compiled, and there is no C++ compiler")
+def test_flex_attention_equals_masking():
+    """As far as torch 2.13 compiles it for a CPU: not with padding, with any cache, and not for layers of two lengths."""
+    torch._dynamo.reset()
+    press = KnormPress(0.5, prune_after=8, skip_layers=(), prune_interval=2)
+    model = tiny_model("llama", "flex_attention", torch.float32)
+    ids = tokens(1)[:, :21]
+    trace = run_pruned(model, KnormCache(model, press), ids, [15, 1, 5])
+    expected = run_masked(tiny_model("llama", "sdpa", torch.float32), ids, trace.visible)
+    assert (trace.logits - expected).abs().max() < 1e-3
