@@ -88,8 +88,7 @@ class KnormPress:
         for layer in self.skip_layers:
             if not -layers <= layer < layers:
                 raise KnormError(
-                    f"skip_layers names layer {layer}, but the model has {layers} layers; "
-                    f"use {-layers} to {layers - 1}"
+                    f"skip_layers names layer {layer}, but the model has {layers} layers; use {-layers} to {layers - 1}"
                 )
         skipped = {layer % layers for layer in self.skip_layers}
         return tuple(1.0 if layer in skipped else self.keep_ratio for layer in range(layers))

@@ -62,7 +62,9 @@ def run_pruned(
     return Trace(torch.cat(logits, dim=1), visible)
 
 
-def run_masked(model: PreTrainedModel, ids: Tensor, visible: dict[int, Tensor], padding: Tensor | None = None) -> Tensor:
+def run_masked(
+    model: PreTrainedModel, ids: Tensor, visible: dict[int, Tensor], padding: Tensor | None = None
+) -> Tensor:
     """The logits (B, T, V) of one forward pass without a cache in which each layer sees what ``visible`` says."""
     handles = []
     for module in model.modules():

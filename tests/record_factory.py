@@ -136,7 +136,8 @@ def make_records(keep_ratios: Iterable[float], **parameters: Any) -> list[Record
 def _quality(random: np.random.Generator, documents: int, scored: int, ppl: float, keep_ratio: float) -> Quality:
     before = random.gamma(1.5, 1.8, (documents, scored))
     shift = math.log1p(ppl / 100)
-    spread = random.normal(0.0, 0.1 + shift, (documents, scored)) + random.normal(0.0, 0.2 * shift, (documents, 1))
+    size = abs(shift)
+    spread = random.normal(0.0, 0.1 + size, (documents, scored)) + random.normal(0.0, 0.2 * size, (documents, 1))
     gap = np.zeros_like(spread) if ppl == 0 else spread - spread.mean() + shift
     return Quality(
         documents=tuple(
@@ -144,7 +145,7 @@ def _quality(random: np.random.Generator, documents: int, scored: int, ppl: floa
                 document=number,
                 baseline_nll=tuple(before[number].tolist()),
                 candidate_nll=tuple((before[number] + gap[number]).tolist()),
-                kl=0.0 if keep_ratio == 1.0 else 0.3 * shift + 0.002,
+                kl=0.0 if keep_ratio == 1.0 else 0.3 * size + 0.002,
                 top1_agreement=1.0 if keep_ratio == 1.0 else 1.0 - 0.4 * (1 - keep_ratio) ** 1.2,
             )
             for number in range(documents)

@@ -28,7 +28,6 @@ _COMMON: dict[str, Any] = {
 }
 
 
-
 def _config(model_type: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **{**_COMMON, **changes})
 

@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer of bytes, and a text for it, as files: what ``--model`` and ``--corpus`` are given."""
+"""A tiny random model with a tokenizer of bytes, and a text for it, as files for ``--model`` and ``--corpus``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ START = "<s>"
 def save_model(folder: Path, *, layers: int = 3, positions: int = 512) -> Path:
     """A Llama of three layers in float32; its tokenizer takes a token a byte and begins each text with ``<s>``."""
     set_seed(0)
-    vocabulary = {START: 0} | {symbol: n for n, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)}
+    vocabulary = {START: 0} | {
+        symbol: n for n, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)
+    }
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(vocabulary),

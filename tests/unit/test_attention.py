@@ -68,7 +68,7 @@ def test_two_dimensional_masks_equal_masking(flash_model, left):
 @pytest.mark.filterwarnings("ignore")  # inductor warns of the compiler it finds
 @pytest.mark.skipif(shutil.which("c++") is None, reason="flex attention is compiled, and there is no C++ compiler")
 def test_flex_attention_equals_masking():
-    """As far as torch 2.13 compiles it for a CPU: not with padding, with any cache, and not for layers of two lengths."""
+    """As far as torch 2.13 compiles it for a CPU: not with padding, with any cache, and layers of two lengths."""
     torch._dynamo.reset()
     press = KnormPress(0.5, prune_after=8, skip_layers=(), prune_interval=2)
     model = tiny_model("llama", "flex_attention", torch.float32)

@@ -106,7 +106,9 @@ def test_kept_tokens_are_those_of_the_lowest_norm():
         norms = full.layers[index].keys.norm(dim=-1)
         expected = norms.topk(12, largest=False).indices.sort().values
         assert torch.equal(cache.layers[index].positions.long(), expected)
-        assert torch.equal(cache.layers[index].values, full.layers[index].values[:, torch.arange(2)[:, None], expected[0]])
+        assert torch.equal(
+            cache.layers[index].values, full.layers[index].values[:, torch.arange(2)[:, None], expected[0]]
+        )
 
 
 def test_prefill_from_a_full_cache_equals_a_prefill():

@@ -30,9 +30,7 @@ def test_every_family_equals_masking(family, padded):
     model = tiny_model(family, "eager" if family in EAGER_ONLY else "sdpa", torch.float64 if wide else torch.float32)
     padding = left_padding(0, 7, 14) if padded else None
     cache = KnormCache(model, PRESS)
-    trace = assert_equal_to_masking(
-        model, cache, tokens(3 if padded else 1), PASSES, padding, 1e-9 if wide else 2e-3
-    )
+    trace = assert_equal_to_masking(model, cache, tokens(3 if padded else 1), PASSES, padding, 1e-9 if wide else 2e-3)
     evicted = [stats.evicted for index, stats in enumerate(cache.stats()) if index in trace.visible]
     assert max(evicted) > 10
 
@@ -51,7 +49,15 @@ def test_narrow_types_equal_masking_up_to_rounding(dtype, tolerance):
 
 def test_a_model_without_full_attention_is_refused():
     model = AutoModelForCausalLM.from_config(
-        MistralConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=8, vocab_size=9)
+        MistralConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=8,
+            vocab_size=9,
+        )
     )
     with pytest.raises(KnormError, match="MistralForCausalLM has no full-attention layer"):
         KnormCache(model, PRESS)

@@ -56,8 +56,12 @@ def test_beams_carry_their_own_caches():
     """Beam search by full recomputation, on the pruned logits of each beam alone, finds the same beams."""
     model, beams, steps = tiny_model(), 3, 6
     found = model.generate(
-        prompt(), past_key_values=KnormCache(model, PRESS), num_beams=beams, num_return_sequences=beams,
-        max_new_tokens=steps, do_sample=False,
+        prompt(),
+        past_key_values=KnormCache(model, PRESS),
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=steps,
+        do_sample=False,
     )
     best = [(0.0, [])]
     for _ in range(steps):
@@ -180,7 +184,9 @@ def test_right_padding_is_exact_too():
         model(ids, attention_mask=mask, past_key_values=together)
         positions = torch.stack([torch.arange(9, 14), torch.arange(20, 25)])
         ours = model(
-            more, attention_mask=torch.cat([mask, torch.ones_like(more)], dim=1), position_ids=positions,
+            more,
+            attention_mask=torch.cat([mask, torch.ones_like(more)], dim=1),
+            position_ids=positions,
             past_key_values=together,
         ).logits[0]
         model(short, past_key_values=alone)
@@ -207,7 +213,9 @@ def test_a_custom_mask_over_all_tokens_is_cut_to_each_layers_own(additive):
     handles = []
     for index, layer in enumerate(model.model.layers):
         stays = torch.zeros(1, 2, past, dtype=torch.bool).scatter(-1, kept[index], True)
-        allowed = torch.cat([(~hidden) & stays.repeat_interleave(2, dim=1)[:, :, None], own.expand(1, 4, -1, -1)], dim=-1)
+        allowed = torch.cat(
+            [(~hidden) & stays.repeat_interleave(2, dim=1)[:, :, None], own.expand(1, 4, -1, -1)], dim=-1
+        )
 
         def give(module, args, kwargs, allowed=allowed):
             return args, {**kwargs, "attention_mask": allowed}

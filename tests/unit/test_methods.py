@@ -146,7 +146,9 @@ def test_method_of_ones_own_by_module_and_object(tmp_path: Path, monkeypatch: py
 
 def test_methods_of_installed_packages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real distribution on the path, read by importlib.metadata as pip would leave it."""
-    (tmp_path / "their_methods.py").write_text("from knormpress.methods import FullCache\ndef theirs(press):\n    return FullCache()\n")
+    (tmp_path / "their_methods.py").write_text(
+        "from knormpress.methods import FullCache\ndef theirs(press):\n    return FullCache()\n"
+    )
     info = tmp_path / "their_methods-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-methods\nVersion: 1.0\n")
@@ -156,7 +158,7 @@ def test_methods_of_installed_packages_are_found(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     assert method_names()[-2:] == ["broken", "theirs"]
     assert make_method("theirs", PRESS) == FullCache()
-    with pytest.raises(KnormError, match="installed as their_methods:gone, but that can't be loaded"):
+    with pytest.raises(KnormError, match="stands for their_methods:gone, which can't be loaded"):
         make_method("broken", PRESS)
     sys.modules.pop("their_methods", None)
 

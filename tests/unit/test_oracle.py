@@ -11,9 +11,10 @@ from knormpress import KnormCache, KnormPress
 from tests.oracle import assert_equal_to_masking, run_masked, run_pruned
 from tests.strategies import VOCABULARY, passes, presses, tiny_model
 
-
 # Eager attention takes its softmax in float32, whatever the model's type.
-exact = pytest.mark.parametrize(("attention", "dtype", "tolerance"), [("sdpa", torch.float64, 1e-9), ("eager", torch.float32, 1e-4)])
+exact = pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"), [("sdpa", torch.float64, 1e-9), ("eager", torch.float32, 1e-4)]
+)
 
 
 @exact

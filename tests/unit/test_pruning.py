@@ -119,9 +119,7 @@ def test_iterative_schedule_is_the_papers(ratio, prune_after, lengths):
         assert stored == expected
 
 
-@given(
-    ratio=st.integers(1, 100).map(lambda p: p / 100), prune_after=st.integers(1, 60), prompt=st.integers(1, 200)
-)
+@given(ratio=st.integers(1, 100).map(lambda p: p / 100), prune_after=st.integers(1, 60), prompt=st.integers(1, 200))
 def test_one_prefill_keeps_the_share_of_the_prompt(ratio, prune_after, prompt):
     stored = budget(KnormPress(ratio, prune_after=prune_after), ratio, seen=prompt, stored=prompt, new=prompt)
     assert stored == (math.ceil(Fraction(str(ratio)) * prompt) if prompt >= prune_after else prompt)

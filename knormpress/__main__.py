@@ -1,0 +1,8 @@
+"""``python -m knormpress`` is the ``knormpress`` command."""
+
+import sys
+
+from knormpress.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""A model on a device with a text, and what is measured there: quality, memory and latency, as records hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from knormpress.corpora import Corpus, documents
+from knormpress.environment import describe_environment
+from knormpress.errors import KnormError
+from knormpress.methods import FullCache
+from knormpress.metrics import Method, Timing, measure_memory, score_document, time_generation, time_in_turn
+from knormpress.models import load_model
+from knormpress.records import (
+    DocumentScore,
+    Environment,
+    Latency,
+    Memory,
+    MemoryReading,
+    ModelInfo,
+    Quality,
+    Run,
+    TextInfo,
+)
+
+__all__ = ["Bench", "as_run", "cold_ttft", "latency", "memory", "quality"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model, the text cut into tokens, and what a record says of both and of the machine.
+
+    ``ids`` (n,) are the tokens of the whole text; ``start`` (0 or 1,) is the token that the model's texts begin with.
+    """
+
+    model: PreTrainedModel
+    ids: Tensor
+    start: Tensor
+    environment: Environment
+    model_info: ModelInfo
+    text_info: TextInfo
+
+    @classmethod
+    def open(cls, model: str | None, corpus: Corpus, *, device: torch.device, dtype: str) -> Bench:
+        """Load ``model`` on ``device`` and tokenise the text.
+
+        Raises:
+            KnormError: the model can't be loaded.
+        """
+        loaded = load_model(model, device=device, dtype=dtype)
+        tokenizer: Any = loaded.tokenizer
+        first = tokenizer("a").input_ids[:1]
+        return cls(
+            model=loaded.model,
+            ids=torch.tensor(tokenizer(corpus.text, add_special_tokens=False, verbose=False).input_ids),
+            start=torch.tensor(first if first == [tokenizer.bos_token_id] else [], dtype=torch.long),
+            environment=describe_environment(device),
+            model_info=ModelInfo(
+                name=loaded.name,
+                source=loaded.source,
+                fingerprint=loaded.fingerprint,
+                dtype=loaded.dtype,
+                parameters=loaded.parameters,
+            ),
+            text_info=TextInfo(name=corpus.name, source=corpus.source, sha256=corpus.sha256),
+        )
+
+    @property
+    def layers(self) -> int:
+        """Layers of the decoder."""
+        return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
+
+    def check_length(self, tokens: int) -> None:
+        """See that the model has positions for so many tokens.
+
+        Raises:
+            KnormError: it has fewer.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and tokens > longest:
+            raise KnormError(
+                f"{self.model_info.name} is made for {longest} positions, but the prompt and what follows it take "
+                f"{tokens}; use a shorter prompt"
+            )
+
+    def documents(self, *, length: int, count: int) -> list[Tensor]:
+        """``count`` stretches of the text, (1, length) token ids each, on the model's device.
+
+        Raises:
+            KnormError: the text is too short, or the model is not made for so many positions.
+        """
+        self.check_length(length)
+        cut = documents(self.ids, length=length - len(self.start), count=count)
+        return [torch.cat([self.start, ids])[None].to(self.model.device) for ids in cut]
+
+
+def quality(
+    bench: Bench,
+    texts: Sequence[Tensor],
+    candidates: Sequence[Method],
+    *,
+    context: int,
+    prefill_chunk: int | None,
+    after_document: Callable[[], None] = lambda: None,
+) -> list[Quality]:
+    """Score ``texts`` through the full cache and each candidate's, see ``metrics.quality``; one result a candidate."""
+    scores: list[list[DocumentScore]] = [[] for _ in candidates]
+    for index, ids in enumerate(texts):
+        found = score_document(bench.model, ids, FullCache(), candidates, context=context, prefill_chunk=prefill_chunk)
+        for collected, score in zip(scores, found.candidates, strict=True):
+            collected.append(
+                DocumentScore(
+                    document=index,
+                    baseline_nll=found.baseline_nll,
+                    candidate_nll=score.nll,
+                    kl=score.kl,
+                    top1_agreement=score.top1_agreement,
+                )
+            )
+        after_document()
+    return [Quality(documents=tuple(collected)) for collected in scores]
+
+
+def memory(
+    bench: Bench,
+    prompt: Tensor,
+    candidate: Method,
+    *,
+    prefill_chunk: int | None,
+    after_run: Callable[[], None] = lambda: None,
+) -> Memory:
+    """Prefill ``prompt`` into the full cache and into the candidate's, in passes of their own."""
+    uses = []
+    for method in (FullCache(), candidate):
+        uses.append(measure_memory(bench.model, method, prompt, prefill_chunk=prefill_chunk))
+        after_run()
+    readings = [
+        tuple(MemoryReading(name=reading.name, bytes=reading.bytes, reason=reading.reason) for reading in use.device)
+        for use in uses
+    ]
+    return Memory(
+        baseline_cache_bytes=uses[0].cache_bytes,
+        candidate_cache_bytes=uses[1].cache_bytes,
+        baseline_device=readings[0],
+        candidate_device=readings[1],
+    )
+
+
+def latency(
+    bench: Bench,
+    prompt: Tensor,
+    candidate: Method,
+    *,
+    new_tokens: int,
+    rounds: int,
+    prefill_chunk: int | None,
+    cold_s: float | None = None,
+    after_run: Callable[[], None] = lambda: None,
+) -> Latency:
+    """Time the full cache and the candidate in turn; ``cold_s`` is noted as the first call of the process."""
+    pairs = time_in_turn(
+        bench.model,
+        FullCache(),
+        candidate,
+        prompt,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        prefill_chunk=prefill_chunk,
+        after_run=after_run,
+    )
+    return Latency(
+        baseline=tuple(as_run(baseline) for baseline, _ in pairs),
+        candidate=tuple(as_run(timed) for _, timed in pairs),
+        ttft_cold_s=cold_s,
+    )
+
+
+_process_is_cold = True
+
+
+def cold_ttft(bench: Bench, prompt: Tensor, *, prefill_chunk: int | None) -> float | None:
+    """Seconds to the first token of the first call of this process, with the full cache; None in any later call."""
+    global _process_is_cold  # noqa: PLW0603 - being cold is a state of the process
+    if not _process_is_cold:
+        return None
+    _process_is_cold = False
+    with FullCache()(bench.model) as new_cache:
+        return time_generation(bench.model, prompt, new_cache, new_tokens=1, prefill_chunk=prefill_chunk).ttft_s
+
+
+def as_run(timing: Timing) -> Run:
+    """A timing as records hold it."""
+    return Run(ttft_s=timing.ttft_s, gaps_s=timing.gaps_s)

@@ -1,0 +1,274 @@
+"""The ``knormpress`` command: parsing, calls and messages. What takes long to import is imported where it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from knormpress.errors import KnormError
+from knormpress.press import KnormPress
+from knormpress.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from knormpress.records import Record
+    from knormpress.sweep import SweepSettings
+
+__all__ = ["app", "main"]
+
+_Number = TypeVar("_Number", int, float)
+
+app = typer.Typer(
+    help="Keep the KV-cache tokens with the lowest key norms, and measure honestly what that costs and gains.",
+    epilog="""\b
+Examples:
+  knormpress doctor
+  knormpress baseline
+  knormpress sweep --keep_ratios 1.0,0.9,0.8,0.7 --num_wikitext_samples 3 --prune_after 512 --skip_layers 0
+  knormpress plot
+
+Options may be spelled with dashes or underscores: --keep-ratios and --keep_ratios are one.""",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+
+Model = Annotated[str | None, typer.Option(help="Hub id or local folder; SmolLM2-135M-Instruct unless given.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps or xpu; several separated by commas.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+CorpusText = Annotated[
+    str | None,
+    typer.Option("--corpus", help="wikitext, prose, or a text file; unless given, WikiText-2 where it can be had."),
+]
+PromptTokens = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens to generate in each timed run, at least 2.")]
+PrefillChunk = Annotated[int | None, typer.Option(help="Send prompts in chunks of so many tokens; whole unless given.")]
+Samples = Annotated[
+    int, typer.Option("--num-wikitext-samples", "--samples", help="Documents on which perplexity is measured.")
+]
+Rounds = Annotated[int, typer.Option(help="Timed pairs of runs for each cell.")]
+Output = Annotated[Path, typer.Option(help="Folder of the results.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew; the earlier results are renamed.")]
+
+_RESULTS = Path("results")
+_SWEEP_FILE = "results.jsonl"
+_BASELINE_FILE = "baseline.jsonl"
+# What a shell reports for a command that SIGINT ended.
+_STOPPED = 130
+
+
+@app.command()
+def baseline(
+    *,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    corpus: CorpusText = None,
+    prompt_tokens: PromptTokens = "1024",
+    new_tokens: NewTokens = 32,
+    prefill_chunk: PrefillChunk = None,
+    samples: Samples = 3,
+    rounds: Rounds = 5,
+    output: Output = _RESULTS,
+    fresh: Fresh = False,
+) -> None:
+    """Measure the full cache alone.
+
+    Its time, memory and perplexity; and since it is measured against itself, in turn, also how far two equal
+    measurements lie apart on this machine.
+
+    \b
+    Examples:
+      knormpress baseline
+      knormpress baseline --device cuda --dtype bfloat16 --prompt-tokens 1024,8192
+    """
+    lengths = _numbers("prompt_tokens", prompt_tokens, int)
+
+    from knormpress.baseline import describe_baseline
+    from knormpress.sweep import SweepSettings
+
+    settings = SweepSettings(
+        presses=(KnormPress(keep_ratio=1.0),),
+        method="full",
+        samples=samples,
+        prompt_tokens=lengths,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        prefill_chunk=prefill_chunk,
+        model=model,
+        dtype=dtype,
+        corpus=corpus,
+        devices=_words(device),
+    )
+    for record in _measure(settings, output / _BASELINE_FILE, fresh):
+        typer.echo("")
+        for line in describe_baseline(record):
+            typer.echo(line)
+
+
+@app.command()
+def sweep(
+    *,
+    keep_ratios: Annotated[str, typer.Option(help="Shares of the seen tokens to keep, separated by commas.")] = (
+        "1.0,0.9,0.8,0.7"
+    ),
+    samples: Samples = 3,
+    prune_after: Annotated[int, typer.Option(help="Tokens a layer must have seen before it is pruned.")] = 512,
+    skip_layers: Annotated[
+        str, typer.Option(help='Layers never pruned, separated by commas, or "none"; -1 is the last.')
+    ] = "0",
+    method: Annotated[
+        str, typer.Option(help="knorm, random, highest-norm, recent-window, full, or module:object for your own.")
+    ] = "knorm",
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    corpus: CorpusText = None,
+    prompt_tokens: PromptTokens = "1024",
+    new_tokens: NewTokens = 32,
+    prefill_chunk: PrefillChunk = None,
+    rounds: Rounds = 5,
+    output: Output = _RESULTS,
+    fresh: Fresh = False,
+) -> None:
+    """Measure keep ratios against the full cache.
+
+    Prints each change with its interval, and judges the guide's targets and claims.
+    Finished cells are kept in OUTPUT/results.jsonl: the same command goes on where it was stopped.
+
+    \b
+    Examples:
+      knormpress sweep --keep_ratios 1.0,0.9,0.8,0.7 --num_wikitext_samples 3 --prune_after 512 --skip_layers 0
+      knormpress sweep --keep-ratios 0.9,0.5 --samples 2 --skip-layers none
+      knormpress sweep --method random --keep-ratios 0.7 --output results-random
+    """
+    skipped = () if skip_layers.strip().lower() in ("", "none") else _numbers("skip_layers", skip_layers, int)
+    ratios = _numbers("keep_ratios", keep_ratios, float)
+    presses = [KnormPress(keep_ratio=ratio, prune_after=prune_after, skip_layers=skipped) for ratio in ratios]
+    lengths = _numbers("prompt_tokens", prompt_tokens, int)
+
+    from knormpress.compare import summarize
+    from knormpress.sweep import SweepSettings
+    from knormpress.table import print_tables
+
+    settings = SweepSettings(
+        presses=tuple(presses),
+        method=method,
+        samples=samples,
+        prompt_tokens=lengths,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        prefill_chunk=prefill_chunk,
+        model=model,
+        dtype=dtype,
+        corpus=corpus,
+        devices=_words(device),
+    )
+    path = output / _SWEEP_FILE
+    records = _measure(settings, path, fresh)
+    print_tables(map(summarize, records))
+    typer.echo(f"results: {path}; pictures: knormpress plot {path}")
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="The results of a sweep.")] = _RESULTS / _SWEEP_FILE,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; that of the results unless given.")
+    ] = None,
+) -> None:
+    """Draw the pictures of a sweep.
+
+    \b
+    Examples:
+      knormpress plot
+      knormpress plot results/results.jsonl --output pictures
+    """
+    from knormpress.compare import summarize
+    from knormpress.plots import draw_all
+    from knormpress.records import read_records
+
+    if not results.is_file():
+        raise KnormError(f"there are no results at {results}; make some with: knormpress sweep")
+    rows = [summarize(record) for record in read_records(results)]
+    if not rows:
+        raise KnormError(f"{results} is empty; make results with: knormpress sweep")
+    for picture in draw_all(rows, output or results.parent):
+        typer.echo(picture)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine can do.
+
+    Which devices are really usable, each tried out, and where the default model and text would come from.
+
+    \b
+    Example:
+      knormpress doctor
+    """
+    from knormpress.corpora import describe_source
+    from knormpress.devices import describe_devices
+    from knormpress.models import describe_sources
+
+    for device, name, reason in describe_devices():
+        typer.echo(f"{device:8}" + (f"usable: {name}" if reason is None else f"not usable: {reason}"))
+    for place in describe_sources():
+        typer.echo(f"model   {place}")
+    typer.echo(f"text    {describe_source()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return int(app(args=given or ["--help"], prog_name="knormpress", standalone_mode=False) or 0)
+    except KnormError as error:
+        typer.echo(f"error: {error}", err=True)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("stopped", err=True)
+        return _STOPPED
+    except Exception as error:
+        # What typer raises for a command line it can't parse; where that class lives differs between its versions.
+        format_message: Callable[[], str] | None = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        context = getattr(error, "ctx", None)
+        command = "knormpress" if context is None else context.command_path
+        typer.echo(f"error: {format_message()} (see {command} --help)", err=True)
+        return 2
+
+
+def _measure(settings: SweepSettings, path: Path, fresh: bool) -> list[Record]:
+    from knormpress.sweep import run
+
+    try:
+        with TerminalProgress() as progress:
+            return list(run(settings, path, fresh=fresh, progress=progress))
+    except KeyboardInterrupt:
+        again = "the same command without --fresh" if fresh else "the same command"
+        typer.echo(f"stopped: finished cells are kept in {path}, and {again} goes on from there", err=True)
+        raise typer.Exit(_STOPPED) from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:
+    words = _words(text)
+    if not words:
+        raise KnormError(f"--{option} is empty; wanted numbers separated by commas")
+    try:
+        return tuple(kind(word) for word in words)
+    except ValueError:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise KnormError(f"--{option} is {text!r}; wanted {numbers} separated by commas") from None

@@ -1,0 +1,167 @@
+"""Perplexity through the pruned cache, and how far its predictions are from the full cache's.
+
+A document's first ``context`` tokens are prefilled and pruned; the next tokens are then fed in one forward pass through
+what is left, at their true positions, and the probability of each following token is read off. Nothing before the first
+pruning is scored: it would be the full cache's score and hide the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from knormpress.errors import KnormError
+from knormpress.metrics.forward import Method, prefill
+from knormpress.press import KnormPress
+
+__all__ = ["DocumentQuality", "Score", "score_document"]
+
+# Rows of logits that are compared at a time: (32, V) in float64 is 13 MB for a vocabulary of 49,000.
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method on one document.
+
+    ``nll`` holds the negative log-likelihood in nats of each scored token, in text order; ``kl`` is the mean over them
+    of KL(full || method) in nats; ``top1_agreement`` the share of them for which both have the same first choice.
+    """
+
+    nll: tuple[float, ...]
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class DocumentQuality:
+    """A document scored through the full cache and through each candidate, in the order they were given."""
+
+    baseline_nll: tuple[float, ...]
+    candidates: tuple[Score, ...]
+
+
+def score_document(
+    model: PreTrainedModel,
+    ids: Tensor,
+    baseline: Method,
+    candidates: Sequence[Method],
+    *,
+    context: int,
+    prefill_chunk: int | None = None,
+) -> DocumentQuality:
+    """Score the end of one document through the full cache and through each candidate's.
+
+    The prompt is prefilled once; candidates whose cache can ``prefill_from`` the full one start there, which is the
+    same as a prefill of their own. All others, and all of them when the prompt comes in chunks, prefill for themselves.
+    One candidate's logits are held at a time, beside the full cache's.
+
+    Args:
+        model: a causal language model.
+        ids: (1, context + S + 1) token ids on the model's device: S are fed after the context, S predictions scored.
+        baseline: makes the full cache.
+        candidates: the methods to score.
+        context: tokens before the first scored prediction's input, at least 1.
+        prefill_chunk: tokens of the context a forward pass takes at most; None sends it whole.
+
+    Raises:
+        KnormError: nothing is left to score, a candidate that should have pruned holds every token, or logits are NaN.
+    """
+    scored = ids.shape[-1] - context - 1
+    if context < 1 or scored < 1:
+        raise KnormError(
+            f"a document of {ids.shape[-1]} tokens with a context of {context} leaves {scored} to score; "
+            "wanted at least 1 of context and 1 to score, and 1 more to predict"
+        )
+    prompt, fed, targets = ids[:, :context], ids[:, context:-1], ids[0, context + 1 :].cpu()
+
+    with torch.inference_mode():
+        with baseline(model) as new_cache:
+            full = new_cache()
+            prefill(model, prompt, full, chunk=prefill_chunk)
+            # A copy is scored, so that `full` still ends with the prompt when the candidates take it.
+            full_logits = _teacher_forced(model, fed, copy.deepcopy(full))
+        tokens_held = _tokens_held(full)
+        whole = all(type(layer) is DynamicLayer for layer in full.layers)
+        source = full if whole and prefill_chunk is None else None
+        scores = []
+        for candidate in candidates:
+            with _filled_cache(model, candidate, prompt, source, prefill_chunk) as cache:
+                _refuse_unpruned(candidate, cache, tokens_held, context)
+                scores.append(_compare(full_logits, _teacher_forced(model, fed, cache), targets))
+        baseline_nll = _nll(full_logits, targets)
+    return DocumentQuality(baseline_nll=baseline_nll, candidates=tuple(scores))
+
+
+@contextmanager
+def _filled_cache(
+    model: PreTrainedModel, method: Method, prompt: Tensor, source: Cache | None, chunk: int | None
+) -> Iterator[Cache]:
+    with method(model) as new_cache:
+        cache = new_cache()
+        prefill_from = getattr(cache, "prefill_from", None)
+        if source is not None and prefill_from is not None:
+            prefill_from(source)
+        else:
+            prefill(model, prompt, cache, chunk=chunk)
+        yield cache
+
+
+def _teacher_forced(model: PreTrainedModel, fed: Tensor, cache: Cache) -> Tensor:
+    """(S, V) logits of the tokens ``fed`` in one pass behind what ``cache`` holds."""
+    logits: Tensor = model(input_ids=fed, past_key_values=cache, use_cache=True).logits[0]
+    return logits
+
+
+def _tokens_held(cache: Cache) -> list[int]:
+    keys = (getattr(layer, "keys", None) for layer in cache.layers)
+    return [0 if held is None else held.shape[-2] for held in keys]
+
+
+def _refuse_unpruned(method: Method, cache: Cache, full: list[int], context: int) -> None:
+    """A method that says it prunes, by a ``press``, is not scored while it holds all that the full cache holds."""
+    press = getattr(method, "press", method)
+    if not isinstance(press, KnormPress) or _tokens_held(cache) != full:
+        return
+    if min(press.layer_keep_ratios or (press.keep_ratio,)) == 1.0:
+        return
+    raise KnormError(
+        f"text too short to be pruned: none of {context} tokens was dropped at keep_ratio {press.keep_ratio}, "
+        f"prune_after {press.prune_after}, skip_layers {press.skip_layers}; use a longer text or a smaller prune_after"
+    )
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    # float64 on the host gives the same figures on every device; MPS has no float64 of its own.
+    return logits.cpu().double().log_softmax(dim=-1)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> tuple[float, ...]:
+    chunks = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+    return tuple(nll for rows, wanted in chunks for nll in _nll_of(_log_probabilities(rows), wanted))
+
+
+def _nll_of(log_probabilities: Tensor, targets: Tensor) -> list[float]:
+    nll = -log_probabilities.gather(-1, targets[:, None])[:, 0]
+    if not bool(nll.isfinite().all()):
+        raise KnormError("the model's logits are NaN or infinite, so there is no perplexity; try dtype float32")
+    return [float(loss) for loss in nll]
+
+
+def _compare(full: Tensor, candidate: Tensor, targets: Tensor) -> Score:
+    nll: list[float] = []
+    kl = agreed = 0.0
+    for full_rows, rows, wanted in zip(full.split(_ROWS), candidate.split(_ROWS), targets.split(_ROWS), strict=True):
+        p, q = _log_probabilities(full_rows), _log_probabilities(rows)
+        nll += _nll_of(q, wanted)
+        # A token that the full cache rules out (-inf) adds nothing, whatever the candidate says of it.
+        kl += float(torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum())
+        agreed += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+    return Score(nll=tuple(nll), kl=kl / len(targets), top1_agreement=agreed / len(targets))

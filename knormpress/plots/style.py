@@ -1,0 +1,211 @@
+"""What the pictures share: size, colours, number formats, axes that leave room for labels, heading and footer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patheffects import withStroke
+
+from knormpress.compare import Row
+
+__all__ = [
+    "BAND",
+    "BLUE",
+    "DPI",
+    "GREEN",
+    "GREY",
+    "HALO",
+    "ORANGE",
+    "RED",
+    "STYLE",
+    "WIDTH",
+    "add_band",
+    "add_footer",
+    "add_heading",
+    "add_legend",
+    "keep_ratio_axis",
+    "labelled_places",
+    "new_figure",
+    "plain",
+    "pretty",
+    "ratio_colours",
+    "room_for_labels",
+    "scale_for",
+    "three_digits",
+]
+
+WIDTH, HEIGHT, DPI = 1600, 1000, 150
+
+# The colours of Okabe and Ito (2008), which people with any kind of colour vision can tell apart.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+BAND = "#D9EEE6"
+HALO = [withStroke(linewidth=2.5, foreground="white")]
+
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.0,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.axisbelow": True,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "errorbar.capsize": 3.0,
+}
+
+_LINEAR_UP_TO = 40.0
+_LOG_BEYOND = 10.0
+_MOST_LABELS = 8
+
+
+def new_figure(height: int = HEIGHT) -> Figure:
+    """An empty picture, 1600 pixels wide."""
+    figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def pretty(text: str) -> str:
+    """A number or a limit with the signs of typography, as matplotlib writes them on its axes."""
+    text = text.replace("+-", "\N{PLUS-MINUS SIGN}").replace("-", "\N{MINUS SIGN}")
+    return text.replace("<=", "\N{LESS-THAN OR EQUAL TO}").replace(">=", "\N{GREATER-THAN OR EQUAL TO}")
+
+
+def three_digits(value: float) -> str:
+    """A positive figure with three significant digits, or in whole numbers from a thousand on."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
+
+
+def plain(text: str) -> str:
+    """A name as it can be drawn: characters that the font lacks, and line ends, become question marks."""
+    font = get_font(findfont("DejaVu Sans"))
+    return "".join(character if font.get_char_index(ord(character)) else "?" for character in text)
+
+
+def ratio_colours(rows: Sequence[Row]) -> list[tuple[float, float, float, float]]:
+    """One colour a row from light to dark as less is kept, in a map that is even in lightness."""
+    places = np.linspace(0.0, 1.0, len(rows)) if len(rows) > 1 else (0.5,)
+    return [colormaps["viridis_r"](0.08 + 0.84 * place) for place in places]
+
+
+def labelled_places(rows: Sequence[Row], most: int) -> list[int]:
+    """The places of the rows that are named, where at most so many names have room: every one, every second, ..."""
+    return list(range(0, len(rows), math.ceil(len(rows) / most)))
+
+
+def keep_ratio_axis(axes: Axes, rows: Sequence[Row]) -> list[int]:
+    """One evenly spaced place a keep ratio; returns the places that have room for a label."""
+    labelled = labelled_places(rows, _MOST_LABELS)
+    axes.set_xticks(labelled, [rows[place].label for place in labelled])
+    margin = 0.5 + 0.04 * len(rows)
+    axes.set_xlim(-margin, len(rows) - 1 + margin)
+    axes.set_xlabel("keep ratio")
+    axes.tick_params(length=2)
+    axes.grid(axis="y")
+    return labelled
+
+
+def scale_for(axes: Axes, values: Sequence[float]) -> bool:
+    """Make the y axis logarithmic beyond 10 % where values in % are so large that 5 % would vanish; returns whether."""
+    if max(map(abs, values)) <= _LINEAR_UP_TO:
+        return False
+    decades = math.ceil(math.log10(max(map(abs, values))))
+    axes.set_yscale("symlog", linthresh=_LOG_BEYOND, linscale=max(1.0, 0.4 * decades))
+    powers = [10.0**power for power in range(1, 1 + decades, math.ceil(decades / 5))]
+    ticks = [-5.0, 0.0, 5.0, *powers, *(-power for power in powers if -power >= min(values))]
+    axes.set_yticks(ticks, [pretty(_tick(tick)) for tick in ticks])
+    axes.minorticks_off()
+    return True
+
+
+def _tick(value: float) -> str:
+    for size, letter in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e6 if letter == 'M' else 1e3):g}{letter}"
+    return f"{value:,.0f}"
+
+
+def room_for_labels(axes: Axes, values: Sequence[float], below: float = 0.1, above: float = 0.2) -> None:
+    """Set the y limits so that a share of the axis stays free below and above ``values``, on any scale."""
+    transform = axes.yaxis.get_transform()
+    low, high = transform.transform(np.array([min(values), max(values)]))
+    spread = high - low or 1.0
+    share = spread / (1.0 - below - above)
+    bottom, top = transform.inverted().transform(np.array([low - below * share, high + above * share]))
+    axes.set_ylim(bottom, top)
+
+
+def add_band(axes: Axes) -> None:
+    """Shade the target for PPL, within 5 % either way."""
+    axes.axhspan(-5.0, 5.0, color=BAND, zorder=0, linewidth=0)
+
+
+def add_heading(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and subtitle at the top left, at the same distance from the edge in every picture."""
+    height = figure.get_figheight() * DPI
+    figure.text(0.03, 1 - 22 / height, title, fontsize=13, fontweight="bold", verticalalignment="top")
+    figure.text(0.03, 1 - 58 / height, subtitle, fontsize=8.5, color=GREY, verticalalignment="top")
+
+
+def add_legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """One line of entries between the heading and what is drawn."""
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.025, 0.925),
+        ncols=len(handles),
+        columnspacing=1.4,
+        handlelength=1.2,
+        fontsize=8.5,
+    )
+
+
+def add_footer(figure: Figure, rows: Sequence[Row], left_out: str) -> None:
+    """What was measured, on what and when: two lines at the bottom left."""
+    record = rows[0].record
+    policy, conditions, environment = record.policy, record.conditions, record.environment
+    chunk = "" if conditions.prefill_chunk is None else f" in chunks of {conditions.prefill_chunk:,}"
+    pairs = dict.fromkeys((min(row.pairs for row in rows), max(row.pairs for row in rows)))
+    lines = (
+        [
+            f"{_short(record.model.name)}, {record.model.dtype}",
+            f"text: {_short(record.text.name)}",
+            f"{environment.device} ({_short(environment.device_name)}), threads: {environment.threads}",
+            max(row.record.created for row in rows)[:10],
+            f"knormpress {environment.knormpress}",
+        ],
+        [
+            f"{policy.method}, prune_after {policy.prune_after:,}",
+            f"prompt of {conditions.prompt_tokens:,} tokens{chunk}, {conditions.new_tokens:,} new",
+            f"pairs of runs: {' to '.join(map(str, pairs))}",
+            f"{conditions.samples:,} samples, {conditions.scored_tokens:,} tokens scored in each",
+            *([left_out] if left_out else []),
+        ],
+    )
+    height = figure.get_figheight() * DPI
+    for place, line in zip((38, 18), lines, strict=True):
+        text = _shortened(plain("  |  ".join(line)), 200)
+        figure.text(0.03, place / height, text, fontsize=7, color=GREY, verticalalignment="center", parse_math=False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 36 else f"...{name[-33:]}"
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
