@@ -1,4 +1,4 @@
-"""KnormPress: keep the cached tokens whose keys have the lowest L2 norm, and measure honestly what that costs and gains."""
+"""KnormPress: keep the cached tokens whose keys have the lowest L2 norm, and measure what that costs and gains."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from knormpress.tape import Tape
 
 __all__ = ["KnormLayer", "LayerStats", "Score", "TokenLog"]
 
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Keys (B, H, n, D) and positions (B or 1, H or 1, n) to scores (B, H, n); the lowest are kept."""
+Score = Callable[[Tensor, Tensor, int], Tensor]
+"""Keys (B, H, n, D), positions (B, H, n) and the layer's index to scores (B, H, n); the lowest are kept."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ class KnormLayer(CacheLayerMixin):
         assert self.keys is not None
         positions = self.positions
         real = self._real(positions)
-        scores = self.score(self.keys, positions)
+        scores = self.score(self.keys, positions, self.index)
         finite = scores.isfinite() if real is None else scores.isfinite() | ~real
         if not bool(finite.all()):
             raise KnormError(

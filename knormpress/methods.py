@@ -64,8 +64,8 @@ class ScoredPress:
 
     Args:
         press: how many tokens to keep, and when.
-        score: takes keys (B, H, n, D) and integer positions (B or 1, H or 1, n), returns finite floats (B, H, n); the
-            tokens with the lowest are kept.
+        score: takes keys (B, H, n, D), integer positions (B, H, n) and the layer's index, returns finite floats
+            (B, H, n); the tokens with the lowest are kept.
     """
 
     press: KnormPress
@@ -75,18 +75,20 @@ class ScoredPress:
         return pruned_generation(model, self.press, self.score)
 
 
-def highest_norm(keys: Tensor, positions: Tensor) -> Tensor:
+def highest_norm(keys: Tensor, *_: object) -> Tensor:
     """The negative control: keeps the keys that the method drops, the highest norms."""
-    return -key_norms(keys, positions)
+    return -key_norms(keys)
 
 
-def random_order(keys: Tensor, positions: Tensor) -> Tensor:
-    """Keep a random choice, the same for the same positions and heads on every device and in every run.
+def random_order(keys: Tensor, positions: Tensor, layer: int) -> Tensor:
+    """Keep a random choice of each layer and head, the same on every device and in every run.
 
     A token's score never changes, so pruning again keeps a uniform choice of all tokens seen.
     """
     heads = torch.arange(keys.shape[1], device=keys.device).view(1, -1, 1)
-    mixed = (positions.to(torch.int64) * 0x9E3779B1 + heads * 0x85EBCA6B) & _BITS
+    # The constant keeps the first token of the first head from mixing to 0, which would always be kept.
+    place = heads * 0x85EBCA6B + layer * 0xC2B2AE35 + 0x27D4EB2F
+    mixed = (positions.to(torch.int64) * 0x9E3779B1 + place) & _BITS
     for factor in (0x2C1B3C6D, 0x297A2D39):
         mixed = mixed ^ (mixed >> 15)
         mixed = (mixed * factor) & _BITS
@@ -94,7 +96,7 @@ def random_order(keys: Tensor, positions: Tensor) -> Tensor:
     return (mixed >> 7).float().expand(keys.shape[:-1])
 
 
-def recent_window(keys: Tensor, positions: Tensor) -> Tensor:
+def recent_window(keys: Tensor, positions: Tensor, *_: object) -> Tensor:
     """Keep the first few tokens and the newest, as StreamingLLM does (Xiao et al., ICLR 2024, arXiv 2309.17453)."""
     age = torch.where(positions < _SINKS, _BELOW_ANY_AGE, -positions)
     return age.float().expand(keys.shape[:-1])

@@ -23,10 +23,11 @@ Schedule = Literal["proportional", "iterative"]
 
 @dataclass(frozen=True)
 class KnormPress:
-    """Keep the cached tokens whose key vectors have the lowest L2 norm, as in Devoto et al., EMNLP 2024 (arXiv 2406.11430).
+    """Keep the cached tokens whose key vectors have the lowest L2 norm.
 
-    A press is a value: frozen, validated when made, hashable. Called with a model it is a context manager in which every
-    ``generate()`` of that model gets a fresh pruned cache.
+    The method of Devoto et al., EMNLP 2024 (arXiv 2406.11430). A press is a value: frozen, validated when made,
+    hashable. Called with a model it is a context manager in which every ``generate()`` of that model gets a fresh
+    pruned cache.
 
     Args:
         keep_ratio: share r in (0, 1] of the tokens seen that a pruned layer keeps.
@@ -34,7 +35,8 @@ class KnormPress:
         skip_layers: layers that are never pruned; negative indices count from the last layer.
         layer_keep_ratios: one ratio per layer; where given it replaces ``keep_ratio`` and ``skip_layers``.
         keep_recent: the newest tokens (>= 0) that are never dropped.
-        prune_interval: while decoding one token at a time, tokens (>= 1) above the budget at which a layer is pruned again.
+        prune_interval: while decoding one token at a time, a layer is pruned again once it holds so many tokens (>= 1)
+            more than its budget.
         schedule: ``"proportional"`` keeps ceil(r * seen); ``"iterative"`` keeps ceil(r * stored) whenever
             stored >= prune_after, the rule of the paper's evaluation script.
 

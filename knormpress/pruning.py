@@ -16,12 +16,11 @@ from knormpress.press import KnormPress, share
 __all__ = ["budget", "gather", "key_norms", "select"]
 
 
-def key_norms(keys: Tensor, positions: Tensor) -> Tensor:
+def key_norms(keys: Tensor, *_: object) -> Tensor:
     """L2 norm of each key, the score of Devoto et al. (arXiv 2406.11430): the lowest are kept.
 
     Args:
         keys: (B, H, n, D), with the rotation of their position or without: a rotation leaves norms as they are.
-        positions: (B or 1, H or 1, n); not used by this score.
 
     Returns:
         (B, H, n) in float32, or in float64 for float64 keys.

@@ -1,4 +1,4 @@
-"""The pytest front door: options, and fixtures that give a test a model, a device, a method, and what is measured of them.
+"""The pytest front door: options, and fixtures that give a test a model, a device, a method, and measurements of them.
 
 Installed with the package (entry point ``pytest11``), so it works in any repository. It imports neither torch nor
 transformers before a test asks for a fixture that needs them.
@@ -27,7 +27,6 @@ __all__ = [
     "knorm_method",
     "knorm_ppl_change",
     "knorm_ppl_tolerance",
-    "knorm_press",
 ]
 
 _DEVICES = "cpu,cuda,mps,xpu"

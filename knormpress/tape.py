@@ -11,8 +11,8 @@ __all__ = ["Tape"]
 class Tape:
     """A tensor (B, H, length, ...) to which single slots are appended in place.
 
-    ``torch.cat`` copies the whole cache for every decoded token. A tape keeps spare room for at least 64 slots, and at most
-    1/64 of its length beyond that, once single slots are appended; before, its storage is exact.
+    ``torch.cat`` copies the whole cache for every decoded token. A tape gets spare room for 64 slots, or for 1/64 of
+    its length if that is more, once single slots are appended; before, its storage is exact.
     """
 
     def __init__(self) -> None:

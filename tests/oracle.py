@@ -1,8 +1,8 @@
 """The oracle: pruning must equal masking.
 
 ``run_pruned`` feeds tokens through a pruned cache pass by pass and notes what each layer stored before each pass.
-``run_masked`` computes the same logits in one forward pass without any cache, each layer getting an additive mask that hides
-from every token what its layer had dropped by then. It shares no code with the cache.
+``run_masked`` computes the same logits in one forward pass without any cache, each layer getting an additive mask that
+hides from every token what its layer had dropped by then. It shares no code with the cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def run_pruned(
     model: PreTrainedModel, cache: KnormCache, ids: Tensor, sizes: Sequence[int], padding: Tensor | None = None
 ) -> Trace:
-    """Feed ``ids`` (B, T) through ``cache`` in passes of ``sizes`` tokens; ``padding`` (B, T) is 0 where a row is padded."""
+    """Feed ``ids`` (B, T) through ``cache`` in passes of ``sizes`` tokens; ``padding`` (B, T) is 0 for padding."""
     batch, total = ids.shape
     visible: dict[int, Tensor] = {}
     logits = []

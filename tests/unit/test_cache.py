@@ -156,7 +156,12 @@ def test_contexts_nest_and_leave_nothing_behind():
     assert hooks(model) == 0
     inner_press = KnormPress(0.2, prune_after=4)
     with PRESS(model):
-        with pytest.raises(RuntimeError, match="inside"), inner_press(model), PRESS(model), inner_press(model):
+        with (  # noqa: PT012 - what leaves the contexts is under test
+            pytest.raises(RuntimeError, match="inside"),
+            inner_press(model),
+            PRESS(model),
+            inner_press(model),
+        ):
             out = model.generate(prompt(), max_new_tokens=1, return_dict_in_generate=True)
             assert out.past_key_values.press is inner_press
             raise RuntimeError("inside")

@@ -268,7 +268,7 @@ def test_the_guides_scripts(tiny: list[str], tmp_path: Path) -> None:
 def test_a_stopped_sweep_goes_on_where_it_was(how: signal.Signals, tiny: list[str], tmp_path: Path) -> None:
     sweep = ["-m", "knormpress", "sweep", *tiny, "--keep_ratios", "0.9,0.8,0.7,0.6", "--prune_after", "16"]
     path = tmp_path / "results" / "results.jsonl"
-    running = command(*sweep, "--rounds", "12", cwd=tmp_path)
+    running = command(*sweep, "--rounds", "6", cwd=tmp_path)
     limit = time.monotonic() + 240
     while not path.exists() and time.monotonic() < limit:
         time.sleep(0.01)
@@ -283,7 +283,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(how: signal.Signals, tiny: list[st
             f"stopped: finished cells are kept in {kept}, and the same command goes on from there"
         )
         assert "Traceback" not in err
-    again = command(*sweep, "--rounds", "12", cwd=tmp_path)
+    again = command(*sweep, "--rounds", "6", cwd=tmp_path)
     _, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     assert list(read_records(path))[: len(stopped)] == stopped

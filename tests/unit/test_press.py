@@ -15,7 +15,7 @@ from knormpress.press import share
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.1, math.nan, math.inf, "abc", None, True, []])
 def test_refuses_a_keep_ratio_outside_its_range(ratio):
-    with pytest.raises(KnormError, match="keep_ratio is .*wanted a number above 0 and at most 1"):
+    with pytest.raises(KnormError, match=r"keep_ratio is .*wanted a number above 0 and at most 1"):
         KnormPress(keep_ratio=ratio)
 
 

@@ -87,7 +87,7 @@ def test_another_format_is_refused(tmp_path):
 def test_a_missing_file_and_another_score_are_refused(tmp_path):
     with pytest.raises(KnormError, match="is not there"):
         KnormCache.load(tmp_path / "none.safetensors", tiny_model())
-    with pytest.raises(KnormError, match="pruned by knormpress.pruning.key_norms"):
+    with pytest.raises(KnormError, match=r"pruned by knormpress\.pruning\.key_norms"):
         KnormCache.load(saved(tmp_path, tiny_model()), tiny_model(), score=highest_norm)
 
 
