@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,17 +67,10 @@ def test_two_dimensional_masks_equal_masking(flash_model, left):
     assert cache.layers[1].holes == (len(left) > 1)
 
 
-@pytest.mark.filterwarnings("ignore")  # inductor warns of the compiler it finds
 @pytest.mark.skipif(shutil.which("c++") is None, reason="flex attention is compiled, and there is no C++ compiler")
 def test_flex_attention_equals_masking():
-    """As far as torch compiles it for a CPU: 2.13 fails with padding, and with layers of two lengths."""
-    torch._dynamo.reset()
-    press = KnormPress(0.5, prune_after=8, skip_layers=(), prune_interval=2)
-    model = tiny_model("llama", "flex_attention", torch.float32)
-    ids = tokens(1)[:, :21]
-    try:
-        trace = run_pruned(model, KnormCache(model, press), ids, [15, 1, 5])
-    except torch._inductor.exc.InductorError as error:
-        pytest.skip(f"torch {torch.__version__} can't compile flex attention here: {str(error)[:60]!r}")
-    expected = run_masked(tiny_model("llama", "sdpa", torch.float32), ids, trace.visible)
-    assert (trace.logits - expected).abs().max() < 1e-3
+    """In a process of its own: what else was imported decides whether torch can compile."""
+    ran = subprocess.run([sys.executable, "-m", "tests.flex"], capture_output=True, text=True, check=False)
+    if ran.returncode == 3:
+        pytest.skip(ran.stdout)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -133,7 +133,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 def test_method_of_ones_own_by_module_and_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (
         "from knormpress.methods import ScoredPress\n"
-        "def oldest(keys, positions):\n"
+        "def oldest(keys, positions, layer):\n"
         "    return positions.float().expand(keys.shape[:-1])\n"
         "def factory(press):\n"
         "    return ScoredPress(press, oldest)\n"
