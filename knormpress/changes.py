@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +13,7 @@ from scipy.stats import bootstrap
 
 from knormpress.records import DocumentScore
 
-__all__ = ["Change", "percent", "ppl_change", "ratio_change"]
+__all__ = ["Change", "gate", "percent", "ppl_change", "ratio_change"]
 
 _Floats = NDArray[np.float64]
 
@@ -42,6 +43,19 @@ class Change:
     def interval(self) -> str:
         """The interval in %, as text of at most 14 characters."""
         return "no interval" if self.low is None or self.high is None else f"{_signed(self.low)}..{_signed(self.high)}"
+
+
+def gate(change: Change, tolerance: float) -> Literal["pass", "fail", "inconclusive"]:
+    """Whether a change stays within +-``tolerance`` %: decided by its whole interval, or not at all.
+
+    ``pass`` if the interval lies within the tolerance, ``fail`` if it lies outside, ``inconclusive`` if it crosses the
+    limit or there is none. A fall beyond the tolerance is as suspect as a rise.
+    """
+    if change.low is None or change.high is None:
+        return "inconclusive"
+    if -tolerance <= change.low and change.high <= tolerance:
+        return "pass"
+    return "fail" if change.low > tolerance or change.high < -tolerance else "inconclusive"
 
 
 def ratio_change(baseline: ArrayLike, candidate: ArrayLike) -> Change:

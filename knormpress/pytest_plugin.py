@@ -38,7 +38,7 @@ _OPTIONS = {
     "prune-after": ("512", "tokens a layer sees before it is pruned for the first time"),
     "skip-layers": ("0", "comma-separated layers that are never pruned; none for no layer"),
     "corpus": ("", "wikitext, prose, or a text file; wikitext where it can be had, else prose, unless given"),
-    "samples": ("8", "documents that quality is measured on"),
+    "samples": ("16", "documents that quality is measured on"),
     "ppl-tolerance": ("5", "change of perplexity in % that a quality gate lets pass, either way"),
     "method": ("knorm", "the method under test: a name, or module:object"),
 }

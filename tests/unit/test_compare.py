@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knormpress.changes import Change, ppl_change, ratio_change
+from knormpress.changes import Change, gate, ppl_change, ratio_change
 from knormpress.compare import Row, Verdict, differences, group_rows, judge_claims, judge_targets, summarize
 from knormpress.errors import KnormError
 from knormpress.records import DocumentScore, Record, Run
@@ -384,3 +384,20 @@ def test_comparing_and_drawing_need_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'matplotlib.pyplot')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-1.0, 4.9, "pass"),
+        (-5.0, 5.0, "pass"),
+        (4.0, 5.1, "inconclusive"),
+        (-5.1, 0.0, "inconclusive"),
+        (-9.0, 9.0, "inconclusive"),
+        (5.1, 9.0, "fail"),
+        (-9.0, -5.1, "fail"),
+        (None, None, "inconclusive"),
+    ],
+)
+def test_a_gate_needs_the_whole_interval(low: float | None, high: float | None, verdict: str) -> None:
+    assert gate(Change(0.0, low, high), 5.0) == verdict
