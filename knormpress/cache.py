@@ -51,13 +51,16 @@ class KnormCache(MaskedCache):
         model: a decoder with at least one full-attention layer.
         press: the policy.
         score: what ranks the tokens, the lowest being kept; the L2 norm of the keys unless given.
+        offloading: keep layers that are not being computed on the CPU, as transformers' offloaded cache does (CUDA).
 
     Raises:
         KnormError: the model has no layer to prune, is an encoder-decoder, shares keys between layers, or biases
             attention by key position; or ``press`` names layers that it doesn't have.
     """
 
-    def __init__(self, model: PreTrainedModel, press: KnormPress, score: Score = key_norms) -> None:
+    def __init__(
+        self, model: PreTrainedModel, press: KnormPress, score: Score = key_norms, *, offloading: bool = False
+    ) -> None:
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
             raise KnormError(f"{type(model).__name__} is an encoder-decoder; KnormPress prunes decoder-only models")
@@ -85,7 +88,9 @@ class KnormCache(MaskedCache):
         self.log = TokenLog()
         for index in prunable:
             layers[index] = KnormLayer(index, press, ratios[index], score, self.log)
-        super().__init__(layers=layers)
+        if offloading and model.device.type != "cuda":
+            raise KnormError(f"offloading is for models on CUDA, this one is on {model.device}; leave it off")
+        super().__init__(layers=layers, offloading=offloading)
         self.press = press
         self.score = score
         self._config = config
@@ -135,7 +140,7 @@ class KnormCache(MaskedCache):
             return mask
         own = layer_mask(
             self._pass.dense(),
-            layer.positions,
+            layer.positions.to(layer.device),
             seen=layer.seen,
             new=new,
             groups=self._config.num_attention_heads // layer.positions.shape[1],

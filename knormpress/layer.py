@@ -217,6 +217,14 @@ class KnormLayer(CacheLayerMixin):
         """Keep the rows ``indices`` only."""
         self.reorder_cache(torch.arange(len(self._row_stored))[indices.cpu()])
 
+    def offload(self) -> None:
+        """Move what is stored to the CPU, see ``transformers.Cache`` on offloading."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move what is stored back to where the layer computes."""
+        self._move(self.device)
+
     def stats(self) -> LayerStats:
         """What the layer has seen, stored and dropped."""
         return LayerStats(self.seen, self.stored, self.seen - self.stored, self.nbytes)
@@ -240,6 +248,12 @@ class KnormLayer(CacheLayerMixin):
         if "positions" in tensors:
             self._slots.replace(tensors["positions"])
         vars(self).update(state)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (tape.to(device) for tape in self._tapes)
+            if self._slots.length:
+                self._slots.to(device)
 
     def _count(self, new: Sequence[int]) -> None:
         self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]

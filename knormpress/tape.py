@@ -61,6 +61,12 @@ class Tape:
         self._store = self._store.index_select(0, rows.to(self._store.device))
         return self.view
 
+    def to(self, device: torch.device | str) -> Tensor:
+        """Move the storage to ``device``. Returns the view."""
+        assert self._store is not None
+        self._store = self._store.to(device, non_blocking=True)
+        return self.view
+
     def _grow(self, capacity: int) -> None:
         view = self.view
         # Storage made in inference mode could not be written to after the mode is left.

@@ -289,3 +289,40 @@ def test_long_decode_stays_exact():
     model = tiny_model()
     ids = prompt(150)
     assert_equal_to_masking(model, KnormCache(model, PRESS), ids, [30, *[1] * 120])
+
+
+def test_a_layer_moves_with_all_it_stores():
+    """Offloading itself needs CUDA streams; the moves it makes are here made between two host tensors."""
+    model = tiny_model()
+    cache, other = KnormCache(model, PRESS), KnormCache(model, PRESS)
+    for each in (cache, other):
+        greedy(model, prompt(), each, 3)
+    for layer in cache.layers:
+        layer.offload()
+        assert layer.keys.device.type == layer.positions.device.type == "cpu"
+        layer.prefetch()
+    assert torch.equal(greedy(model, prompt(1), cache, 8), greedy(model, prompt(1), other, 8))
+    with pytest.raises(KnormError, match="offloading is for models on CUDA, this one is on cpu"):
+        KnormCache(model, PRESS, offloading=True)
+
+
+def test_compiled_decoding_equals_eager_decoding():
+    """torch.compile traces around the cache; the eager backend runs what was traced, without a C++ compiler."""
+    model = tiny_model()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    mask = torch.tensor([[1] * 24, [0] * 9 + [1] * 15])
+    results = []
+    for runner in (model, compiled):
+        cache = KnormCache(getattr(runner, "_orig_mod", runner), PRESS)
+        own, ids, logits = mask, prompt(rows=2), []
+        with torch.no_grad():
+            for _ in range(14):
+                positions = (own.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                out = runner(ids, attention_mask=own, position_ids=positions, past_key_values=cache).logits[:, -1:]
+                logits.append(out)
+                ids, own = out.argmax(-1), torch.cat([own, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        results.append((torch.cat(logits, dim=1), [layer.positions for layer in cache.layers]))
+    torch._dynamo.reset()
+    (eager, kept), (traced, kept_traced) = results
+    assert (eager - traced).abs().max() < 1e-9
+    assert all(torch.equal(a, b) for a, b in zip(kept, kept_traced, strict=True))

@@ -267,3 +267,20 @@ def test_rows_are_selected_and_repeated():
                     past_key_values=twin,
                 ).logits[row : row + 2]
                 assert (ours - theirs).abs().max() < 1e-9
+
+
+def test_a_pipeline_generates_through_the_pruned_cache():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="w1")
+    model = tiny_model()
+    text = " ".join(f"w{i}" for i in prompt()[0].tolist())
+    generator = pipeline("text-generation", model=model, tokenizer=fast, device="cpu")
+    with PRESS(model):
+        said = generator(text, max_new_tokens=16, do_sample=False, return_full_text=False)[0]["generated_text"]
+    expected = model.generate(prompt(), past_key_values=KnormCache(model, PRESS), **GREEDY)[0, 24:]
+    assert said.split() == [f"w{i}" for i in expected.tolist()]
