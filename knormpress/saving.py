@@ -37,9 +37,14 @@ def fingerprint(model: PreTrainedModel) -> str:
         for name, weight in sorted(model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             flat = weight.detach().flatten()
-            places = torch.linspace(0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel())).long().to(flat.device)
-            digest.update(flat[places].to("cpu", torch.float32).numpy().tobytes())
+            digest.update(flat[_spread(flat.numel()).to(flat.device)].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _spread(size: int) -> Tensor:
+    """Up to 64 indices from 0 to ``size`` - 1. In integers: floats can't tell the last index of a large tensor."""
+    count = min(_SAMPLES, size)
+    return torch.arange(count) * (size - 1) // max(count - 1, 1)
 
 
 def write_state(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

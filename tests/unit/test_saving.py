@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from knormpress import KnormCache, KnormError, KnormPress
 from knormpress.methods import highest_norm
-from knormpress.saving import FORMAT, fingerprint
+from knormpress.saving import FORMAT, _spread, fingerprint
 from tests.strategies import VOCABULARY, tiny_model
 
 PRESS = KnormPress(0.5, prune_after=8, skip_layers=(0,), prune_interval=4)
@@ -110,6 +110,14 @@ def test_the_fingerprint_sees_weights_and_configuration():
     model = tiny_model()
     assert fingerprint(model) == fingerprint(tiny_model(attention="eager"))
     assert len({fingerprint(m) for m in (model, tiny_model(seed=1), tiny_model("qwen2"))}) == 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 63, 64, 65, 1000, 28_311_552, 2**31 + 7])
+def test_the_fingerprint_samples_from_first_to_last(size):
+    places = _spread(size).tolist()
+    assert len(places) == min(size, 64)
+    assert places == sorted(set(places))
+    assert not places or (places[0], places[-1]) == (0, max(size - 1, 0))
 
 
 def test_the_file_is_plain_safetensors(tmp_path):
