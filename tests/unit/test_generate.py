@@ -284,3 +284,9 @@ def test_a_pipeline_generates_through_the_pruned_cache():
         said = generator(text, max_new_tokens=16, do_sample=False, return_full_text=False)[0]["generated_text"]
     expected = model.generate(prompt(), past_key_values=KnormCache(model, PRESS), **GREEDY)[0, 24:]
     assert said.split() == [f"w{i}" for i in expected.tolist()]
+
+
+def test_another_cache_implementation_is_not_silently_ignored():
+    model = tiny_model()
+    with PRESS(model), pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(prompt(), cache_implementation="quantized", **GREEDY)
