@@ -134,7 +134,10 @@ class KnormCache(MaskedCache):
         if self._pass.mask() is not mask or self.log.seen == layer.seen:
             self._pass = self._new_pass(mask, layer.seen, new)
         if self.log.seen == layer.seen:
-            self.log.extend(batch, new, real_tokens(self._pass.dense(), layer.seen, new))
+            self._expect_whole(index, new)
+            real = real_tokens(self._pass.dense(), layer.seen, new)
+            self._expect_positions(batch, new, real)
+            self.log.extend(batch, new, real)
         self._announced = index
         if not layer.pruned_at:
             return mask
@@ -151,14 +154,24 @@ class KnormCache(MaskedCache):
         is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
         return flex_mask(own) if is_flex and own is not None else own
 
+    def _expect_whole(self, index: int, new: int) -> None:
+        """Check, at the first KnormLayer of a pass, that every layer has seen what it should."""
+        for other, layer in enumerate(self.layers):
+            if not isinstance(layer, CacheLayerMixin):
+                continue
+            came = new if other < index and not isinstance(layer, KnormLayer) else 0
+            if layer.get_seq_length() != self.log.seen + came:
+                raise KnormError(
+                    f"layer {other} has seen {layer.get_seq_length()} tokens, others {self.log.seen}: an earlier "
+                    "forward pass broke off; reset() the cache and start again"
+                )
+
     def _new_pass(self, mask: Any, seen: int, new: int) -> _Pass:
-        positions = getattr(self._config, "max_position_embeddings", None)
-        if positions is not None and seen + new > positions:
-            raise KnormError(
-                f"{seen} tokens seen and {new} new ones are more than the model's {positions} positions; "
-                "shorten the prompt or ask for fewer new tokens"
-            )
         if mask is None:
+            if self.log.real is not None and not bool(self.log.real.all()):
+                raise KnormError(
+                    "an earlier pass had padding, but this one has no attention_mask; give one over all tokens seen"
+                )
             return _Pass(_nothing, _nothing, True)
         dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
         if dense.shape[-1] != seen + new:
@@ -168,6 +181,23 @@ class KnormCache(MaskedCache):
             )
         reference = weakref.ref(mask)
         return _Pass(reference, reference if dense is mask else lambda: dense, full_past(dense, seen))
+
+    def _expect_positions(self, batch: int, new: int, real: Tensor | None) -> None:
+        """Check that the model has positions for the new tokens; padding takes none."""
+        limit = getattr(self._config, "max_position_embeddings", None)
+        if limit is None:
+            return
+        rotation = getattr(self._config, "rope_parameters", None) or {}
+        limit = int(limit * max(1.0, rotation.get("factor") or 1.0))
+        if self.log.seen + new <= limit:
+            return
+        coming = [new] * batch if real is None else real.expand(batch, -1).sum(dim=1).tolist()
+        seen = self.log.counts(batch, 0, self.log.seen)
+        if max(map(sum, zip(seen, coming, strict=True))) > limit:
+            raise KnormError(
+                f"{self.log.seen} tokens seen and {new} new ones are more than the model's {limit} positions; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -260,7 +290,20 @@ class KnormCache(MaskedCache):
         self._announced = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest ``-tokens_to_remove`` tokens, see ``KnormLayer.crop``."""
+        """Take back the newest ``-tokens_to_remove`` tokens, see ``KnormLayer.crop``.
+
+        Raises:
+            KnormError: a layer can't, or the number is positive; no layer has changed then.
+        """
+        if tokens_to_remove > 0:
+            raise KnormError(
+                f"crop got {tokens_to_remove}; give the number of tokens to take back as a negative number"
+            )
+        for layer in self.layers:
+            if isinstance(layer, KnormLayer):
+                layer.expect_crop(-tokens_to_remove)
+            elif isinstance(layer, DynamicSlidingWindowLayer) and tokens_to_remove and not layer.record_past:
+                _expect_sliding_crop(layer, -tokens_to_remove)
         super().crop(tokens_to_remove)
         self.log.truncate(self.log.seen - abs(tokens_to_remove))
 
@@ -295,7 +338,7 @@ def pruned_generation(
         return KnormCache(model, press, score)
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or model.generation_config
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache", config.use_cache) is not False:
             kwargs["past_key_values"] = new_cache()
         return original(*args, **kwargs)
@@ -316,6 +359,15 @@ def pruned_generation(
 
 def _name(score: Score) -> str:
     return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', repr(score))}"
+
+
+def _expect_sliding_crop(layer: DynamicSlidingWindowLayer, removed: int) -> None:
+    """Check that transformers' own layer can take back its newest ``removed`` tokens."""
+    if layer.get_seq_length() >= layer.sliding_window:
+        raise KnormError(
+            f"a sliding-window layer can't take back {removed} tokens; "
+            "call activate_past_recording() before the tokens come"
+        )
 
 
 def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:

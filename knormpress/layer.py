@@ -86,6 +86,7 @@ class KnormLayer(CacheLayerMixin):
         self.pruned_at = 0
         self.holes = False
         self.record_past = False
+        self._uncropped = False
         self._row_stored: list[int] = []
         self._row_new: list[int] = []
 
@@ -154,6 +155,10 @@ class KnormLayer(CacheLayerMixin):
             self.log.extend(batch, self.seen + new - self.log.seen, None)
         self._count(self.log.counts(batch, self.seen, self.seen + new))
         self.seen += new
+        # Assisted decoding crops after every pass. It leaves the recording on when it ends, and then no crop comes.
+        if self.record_past and self._uncropped:
+            self.record_past = False
+        self._uncropped = self.record_past
         if not self.record_past:
             self._prune()
         return keys, values
@@ -171,24 +176,36 @@ class KnormLayer(CacheLayerMixin):
             )
 
     def activate_past_recording(self) -> None:
-        """Put pruning off until ``crop``, so that the newest tokens can be taken back (assisted decoding)."""
-        self.record_past = True
+        """Put pruning off until ``crop``, so that the newest tokens can be taken back (assisted decoding).
+
+        Ends with the second pass in a row that no ``crop`` follows.
+        """
+        self.record_past, self._uncropped = True, False
+
+    def expect_crop(self, removed: int) -> None:
+        """Check that the newest ``removed`` tokens can be taken back.
+
+        Raises:
+            KnormError: they are older than the last pruning, which chose with them in view.
+        """
+        if self.seen - removed < self.pruned_at:
+            raise KnormError(
+                f"layer {self.index} can't take back {removed} tokens: it pruned at {self.pruned_at} of {self.seen}"
+                "; call activate_past_recording() before the tokens come"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest ``-tokens_to_remove`` tokens, then catch up on pruning that was put off.
 
         Raises:
-            KnormError: the tokens are older than the last pruning, which chose with them in view.
+            KnormError: see ``expect_crop``.
         """
         removed = abs(tokens_to_remove)
         if not self.is_initialized:
             return
+        self._uncropped = False
         if removed:
-            if self.seen - removed < self.pruned_at:
-                raise KnormError(
-                    f"layer {self.index} can't take back {removed} tokens: it pruned at {self.pruned_at} of {self.seen}"
-                    "; call activate_past_recording() before the tokens come"
-                )
+            self.expect_crop(removed)
             gone = self.log.counts(len(self._row_stored), self.seen - removed, self.seen)
             self._count([-count for count in gone])
             self.seen -= removed
@@ -257,7 +274,8 @@ class KnormLayer(CacheLayerMixin):
 
     def _count(self, new: Sequence[int]) -> None:
         self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]
-        self._row_new = [before + count for before, count in zip(self._row_new, new, strict=True)]
+        # Tokens that came before the last decision to prune are no longer counted as new, nor is their removal.
+        self._row_new = [max(0, before + count) for before, count in zip(self._row_new, new, strict=True)]
 
     def _prune(self) -> None:
         batch = len(self._row_stored)
@@ -288,5 +306,5 @@ class KnormLayer(CacheLayerMixin):
     def _real(self, positions: Tensor) -> Tensor | None:
         if self.log.real is None:
             return positions >= 0 if self.holes else None
-        real = self.log.real[:, None, : self.seen].expand(-1, positions.shape[1], -1)
+        real = self.log.real.to(positions.device)[:, None, : self.seen].expand(-1, positions.shape[1], -1)
         return real.gather(-1, positions.clamp(min=0).long()) & (positions >= 0)

@@ -21,6 +21,10 @@ from transformers import Cache, PreTrainedModel
 __all__ = ["MaskHooks", "MaskedCache", "dense_mask", "flex_mask", "full_past", "layer_mask", "real_tokens"]
 
 
+# People hide with -inf, with the least number of a type, and with -1e4, which fits in float16.
+_HIDDEN = -9_999.0
+
+
 class MaskedCache(Cache):
     """A cache whose layers need masks of their own; it works with the one model that ``hooks`` are installed on."""
 
@@ -117,7 +121,7 @@ def layer_mask(
 
 
 def _attends(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype == torch.bool else mask > _HIDDEN
 
 
 class MaskHooks:
@@ -144,9 +148,14 @@ class MaskHooks:
         self.model = weakref.ref(model)
         modules = [module for module in model.modules() if _is_attention(module)]
         self.layers = {module.layer_idx for module in modules}
+        self._modules = weakref.WeakSet(modules)
         handles = [module.register_forward_pre_hook(_Hook(self.model, module), with_kwargs=True) for module in modules]
         for handle in handles:
             weakref.finalize(self, handle.remove)
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether ``module`` is of this model, and not of a copy, which copies the hooks with it."""
+        return module in self._modules
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskHooks:
         return self
@@ -163,7 +172,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, MaskedCache)), None)
-        if cache is None or cache.hooks.model is not self.model:
+        if cache is None or cache.hooks.model is not self.model or not cache.hooks.owns(module):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         by_position = len(args) > self.mask_index

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from knormpress.errors import KnormError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -163,21 +169,36 @@ def append_record(path: Path, record: Record) -> None:
     """Add ``record`` as one line to the JSON Lines file ``path``.
 
     The new file is written beside the old one and renamed over it, so that a kill at any moment leaves either of the
-    two whole.
+    two whole. Processes that append at once take turns, but on Windows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"  # a last line that was cut short must not swallow the new one
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with _alone_in(path.parent):
+        before = path.read_bytes() if path.exists() else b""
+        if before and not before.endswith(b"\n"):
+            before += b"\n"  # a last line that was cut short must not swallow the new one
+        try:
+            with beside.open("wb") as file:
+                file.write(before + record.model_dump_json().encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``: the folder itself, so that no lock file is left lying about."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with beside.open("wb") as file:
-            file.write(before + record.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -17,6 +17,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._store: Tensor | None = None
+        self._is_ours = False
         self.length = 0
 
     @property
@@ -31,10 +32,13 @@ class Tape:
         return 0 if self._store is None else self._store.untyped_storage().nbytes()
 
     def replace(self, states: Tensor) -> Tensor:
-        """Hold ``states`` and nothing else; copied only if they are a part of a larger storage. Returns the view."""
+        """Hold ``states`` and nothing else; copied only if they are a part of a larger storage. Returns the view.
+
+        What is not copied may be shared with the caller, and is never written to.
+        """
         if states.untyped_storage().nbytes() > states.numel() * states.element_size():
             states = states.contiguous() if not states.is_contiguous() else states.clone()
-        self._store, self.length = states, states.shape[2]
+        self._store, self.length, self._is_ours = states, states.shape[2], False
         return self.view
 
     def append(self, states: Tensor) -> Tensor:
@@ -42,9 +46,10 @@ class Tape:
         if self._store is None:
             return self.replace(states)
         length, new = self.length, states.shape[2]
-        if new > 1 or states.requires_grad or self._store.requires_grad:
+        # Writing in place would change what a backward pass still needs.
+        if new > 1 or torch.is_grad_enabled():
             return self.replace(torch.cat([self.view, states], dim=2))
-        if length + new > self._store.shape[2] or self._is_read_only():
+        if length + new > self._store.shape[2] or not self._is_ours or self._is_read_only():
             self._grow(length + new + max(64, length // 64))
         self.length = length + new
         self._store[:, :, length : self.length] = states
@@ -58,7 +63,7 @@ class Tape:
     def select_rows(self, rows: Tensor) -> Tensor:
         """Make row i what row ``rows[i]`` was. Returns the view."""
         assert self._store is not None
-        self._store = self._store.index_select(0, rows.to(self._store.device))
+        self._store, self._is_ours = self._store.index_select(0, rows.to(self._store.device)), True
         return self.view
 
     def to(self, device: torch.device | str) -> Tensor:
@@ -75,6 +80,7 @@ class Tape:
                 (*view.shape[:2], capacity, *view.shape[3:]), dtype=view.dtype, device=view.device
             )
         self._store[:, :, : self.length] = view
+        self._is_ours = True
 
     def _is_read_only(self) -> bool:
         return self._store is not None and self._store.is_inference() and not torch.is_inference_mode_enabled()

@@ -3,6 +3,9 @@
 A document's first ``context`` tokens are prefilled and pruned; the next tokens are then fed in one forward pass through
 what is left, at their true positions, and the probability of each following token is read off. Nothing before the first
 pruning is scored: it would be the full cache's score and hide the loss.
+
+The scored tokens come in one pass, so the cache is not pruned again among them. Decoding prunes every
+``prune_interval`` tokens, new ones too: what that costs more is not in these figures.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from knormpress.press import KnormPress
 
 __all__ = ["DocumentQuality", "Score", "score_document"]
 
-# Rows of logits that are compared at a time: (32, V) in float64 is 13 MB for a vocabulary of 49,000. The probabilities of
-# the full cache are held whole: (256, V) is 100 MB.
+# Rows of logits that are compared at a time: (32, V) in float64 is 13 MB for a vocabulary of 49,000. The probabilities
+# of the full cache are held whole: (256, V) is 100 MB.
 _ROWS = 32
 
 

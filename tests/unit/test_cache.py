@@ -326,3 +326,118 @@ def test_compiled_decoding_equals_eager_decoding():
     (eager, kept), (traced, kept_traced) = results
     assert (eager - traced).abs().max() < 1e-9
     assert all(torch.equal(a, b) for a, b in zip(kept, kept_traced, strict=True))
+
+
+def test_a_refused_crop_changes_nothing():
+    model = tiny_model()
+    cache, other = KnormCache(model, PRESS), KnormCache(model, PRESS)
+    for each in (cache, other):
+        greedy(model, prompt(), each, 1)
+    with pytest.raises(KnormError, match="can't take back 1 tokens"):
+        cache.crop(-1)
+    with pytest.raises(KnormError, match="crop got 3; give the number"):
+        cache.crop(3)
+    assert cache.stats() == other.stats()
+    assert torch.equal(greedy(model, prompt(1), cache, 9), greedy(model, prompt(1), other, 9))
+
+
+def test_pruning_goes_on_after_assisted_decoding():
+    model = tiny_model()
+    cache = KnormCache(model, PRESS)
+    first = model.generate(
+        prompt(), past_key_values=cache, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3
+    )
+    longer = torch.cat([first, prompt(60, seed=2)], dim=1)
+    model.generate(longer, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    seen = cache.get_seq_length()
+    assert seen > 100
+    assert all(layer.stored < seen / 2 + 1 + PRESS.prune_interval for layer in cache.layers[1:])
+
+
+def test_tokens_taken_back_do_not_pass_for_decoding():
+    """After a crop a pass of several tokens still prunes to the budget at once."""
+    model = tiny_model()
+    press = KnormPress(0.5, prune_after=8, prune_interval=64)
+    ids = prompt(44)
+    cropped, straight = KnormCache(model, press), KnormCache(model, press)
+    with torch.no_grad():
+        for cache in (cropped, straight):
+            model(ids[:, :20], past_key_values=cache)
+        for position in range(20, 32):
+            model(ids[:, position : position + 1], past_key_values=cropped)
+        cropped.crop(-12)
+        for cache in (cropped, straight):
+            model(ids[:, 32:], past_key_values=cache)
+    assert [layer.stored for layer in cropped.layers] == [layer.stored for layer in straight.layers] == [32, 16, 16]
+
+
+def test_recorded_passes_add_up_to_several_tokens():
+    """Two tokens accepted in one recorded pass prune to the budget; one at a time they would wait for the interval."""
+    model = tiny_model()
+    press = KnormPress(0.5, prune_after=8, prune_interval=64)
+    cache = KnormCache(model, press)
+    with torch.no_grad():
+        model(prompt(20), past_key_values=cache)
+        cache.activate_past_recording()
+        model(prompt(5, seed=1), past_key_values=cache)
+        cache.crop(-3)
+    assert [layer.stored for layer in cache.layers] == [22, 11, 11]
+
+
+def test_a_pass_that_broke_off_in_a_sliding_layer_is_told():
+    model = tiny_model("gemma3")
+    cache = KnormCache(model, PRESS)
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(prompt(), past_key_values=cache)
+    handle.remove()
+    with pytest.raises(KnormError, match="layer 0 has seen 48 tokens, others 0: an earlier forward pass broke off"):
+        model(prompt(), past_key_values=cache)
+
+
+def test_prefill_from_keeps_its_source_whatever_comes():
+    model = tiny_model()
+    full = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt(), past_key_values=full)
+    before = [layer.keys.clone() for layer in full.layers]
+    cache = KnormCache(model, KnormPress(1.0))
+    cache.prefill_from(full)
+    cache.crop(-3)
+    greedy(model, prompt(1), cache, 3)
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(full.layers, before, strict=True))
+
+
+def test_a_copied_model_is_another_model():
+    model = tiny_model()
+    cache = KnormCache(model, PRESS)
+    with pytest.raises(KnormError, match="made for one LlamaForCausalLM and is used with another"):
+        copy.deepcopy(model)(prompt(), past_key_values=cache)
+
+
+def test_a_positional_generation_config_is_heeded():
+    model = tiny_model()
+    config = copy.deepcopy(model.generation_config)
+    config.use_cache, config.max_new_tokens, config.do_sample = False, 4, False
+    plain = model.generate(prompt(), config)
+    with KnormPress(0.1, prune_after=2)(model):
+        assert torch.equal(model.generate(prompt(), config), plain)
+
+
+def test_stretched_rotations_and_padding_do_not_count_against_the_positions():
+    model = copy.deepcopy(tiny_model())
+    model.config.max_position_embeddings = 40
+    padding = torch.tensor([[0] * 20 + [1] * 30])
+    positions = (padding.cumsum(-1) - 1).clamp(min=0)
+    cache = KnormCache(model, PRESS)
+    with torch.no_grad():
+        model(prompt(50)[:, :45], attention_mask=padding[:, :45], position_ids=positions[:, :45], past_key_values=cache)
+        model(prompt(50)[:, 45:], attention_mask=padding, position_ids=positions[:, 45:], past_key_values=cache)
+        model.config.rope_parameters = {**model.config.rope_parameters, "factor": 4.0}
+        model(prompt(100), past_key_values=KnormCache(model, PRESS))
+        with pytest.raises(KnormError, match="more than the model's 160 positions"):
+            model(prompt(161), past_key_values=KnormCache(model, PRESS))

@@ -268,7 +268,10 @@ def test_the_guides_scripts(tiny: list[str], tmp_path: Path) -> None:
 def test_a_stopped_sweep_goes_on_where_it_was(how: signal.Signals, tiny: list[str], tmp_path: Path) -> None:
     sweep = ["-m", "knormpress", "sweep", *tiny, "--keep_ratios", "0.9,0.8,0.7,0.6", "--prune_after", "16"]
     path = tmp_path / "results" / "results.jsonl"
+    # Started in the background, a shell has its commands ignore SIGINT, and theirs too; with a handler here they don't.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     running = command(*sweep, "--rounds", "6", cwd=tmp_path)
+    signal.signal(signal.SIGINT, before)
     limit = time.monotonic() + 240
     while not path.exists() and time.monotonic() < limit:
         time.sleep(0.01)

@@ -290,3 +290,28 @@ def test_another_cache_implementation_is_not_silently_ignored():
     model = tiny_model()
     with PRESS(model), pytest.raises(ValueError, match="cache_implementation"):
         model.generate(prompt(), cache_implementation="quantized", **GREEDY)
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -1e9, torch.finfo(torch.float64).min, -torch.inf])
+def test_padding_hidden_by_any_large_number_is_no_token(hidden):
+    model = tiny_model()
+    total, pad = 24, 8
+    allowed = torch.ones(total, total, dtype=torch.bool).tril()
+    allowed[:, :pad] = False
+    allowed[:pad, total - 1] = True  # padding attends to something, so that its softmax is no 0 / 0
+    mask = torch.zeros(1, 1, total, total, dtype=torch.float64).masked_fill(~allowed, hidden)
+    cache = KnormCache(model, PRESS)
+    with torch.no_grad():
+        model(prompt(total), attention_mask=mask, past_key_values=cache)
+    assert all(layer.positions.min() >= pad for layer in cache.layers[1:])
+    assert [layer.stored for layer in cache.layers] == [24, 8, 8]
+
+
+def test_a_mask_left_out_after_padding_is_refused():
+    model = tiny_model()
+    cache = KnormCache(model, PRESS)
+    mask = torch.tensor([[0] * 4 + [1] * 20])
+    with torch.no_grad():
+        model(prompt(), attention_mask=mask, past_key_values=cache)
+        with pytest.raises(KnormError, match="an earlier pass had padding, but this one has no attention_mask"):
+            model(prompt(1), past_key_values=cache)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,16 @@ def test_empty_lines_are_passed_over(path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(path: Path) -> None:
     with pytest.raises(KnormError, match=r"no records can be read from .*records\.jsonl \(No such file"):
         list(read_records(path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there processes don't take turns")
+def test_two_processes_lose_no_record(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from knormpress.records import append_record\n"
+        "from tests.record_factory import make_record\n"
+        "for seed in range(15): append_record(Path(sys.argv[1]), make_record(seed=seed))"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(2)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert len(list(read_records(path))) == 30

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from knormpress.tape import Tape
 
 
+@torch.no_grad()
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=60), st.randoms(use_true_random=False))
 def test_holds_what_concatenation_holds(sizes, random):
     tape, expected = Tape(), torch.empty(2, 1, 0, 3)
@@ -22,6 +23,18 @@ def test_holds_what_concatenation_holds(sizes, random):
             assert torch.equal(tape.truncate(keep), expected)
 
 
+@torch.no_grad()
+def test_what_is_shared_is_never_written_to():
+    shared = torch.zeros(1, 1, 10, 4)
+    tape = Tape()
+    tape.append(shared)
+    tape.truncate(7)
+    tape.append(torch.ones(1, 1, 1, 4))
+    assert shared.eq(0).all()
+    assert tape.view[0, 0, :, 0].tolist() == [0.0] * 7 + [1.0]
+
+
+@torch.no_grad()
 def test_single_slots_are_not_copied():
     tape = Tape()
     tape.append(torch.randn(1, 2, 100, 4))
@@ -32,6 +45,7 @@ def test_single_slots_are_not_copied():
     assert tape.view.data_ptr() == address
 
 
+@torch.no_grad()
 def test_spare_room_is_small_and_counted():
     tape = Tape()
     tape.append(torch.randn(1, 1, 8000, 4))
@@ -51,10 +65,12 @@ def test_writing_goes_on_after_inference_mode():
     with torch.inference_mode():
         tape.append(torch.ones(1, 1, 3, 2))
         tape.append(torch.ones(1, 1, 1, 2))
-    tape.append(torch.ones(1, 1, 1, 2))
+    with torch.no_grad():
+        tape.append(torch.ones(1, 1, 1, 2))
     with torch.inference_mode():
         tape.select_rows(torch.tensor([0, 0]))
-    assert torch.equal(tape.append(torch.ones(2, 1, 1, 2)), torch.ones(2, 1, 6, 2))
+    with torch.no_grad():
+        assert torch.equal(tape.append(torch.ones(2, 1, 1, 2)), torch.ones(2, 1, 6, 2))
 
 
 def test_gradients_flow_through_what_is_stored():
