@@ -315,3 +315,18 @@ def test_a_mask_left_out_after_padding_is_refused():
         model(prompt(), attention_mask=mask, past_key_values=cache)
         with pytest.raises(KnormError, match="an earlier pass had padding, but this one has no attention_mask"):
             model(prompt(1), past_key_values=cache)
+
+
+def test_the_longest_row_goes_on_alone_and_needs_no_mask():
+    model = tiny_model()
+    rows = [prompt(24), prompt(10, seed=1)]
+    ids, mask = padded(rows)
+    cache, alone = KnormCache(model, PRESS), KnormCache(model, PRESS)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
+        model(rows[0], past_key_values=alone)
+        cache.batch_select_indices(torch.tensor([0]))
+        for seed in range(6):
+            ours = model(prompt(1, seed=seed), past_key_values=cache).logits
+            theirs = model(prompt(1, seed=seed), past_key_values=alone).logits
+            assert (ours - theirs).abs().max() < 1e-9

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from knormpress import KnormCache, KnormPress
 from tests.oracle import assert_equal_to_masking, run_masked, run_pruned
-from tests.strategies import VOCABULARY, passes, presses, tiny_model
+from tests.strategies import FAMILIES, VOCABULARY, passes, presses, tiny_model
 
 # Eager attention takes its softmax in float32, whatever the model's type.
 exact = pytest.mark.parametrize(
@@ -36,6 +36,16 @@ def test_padded_rows_equal_masking(attention, dtype, tolerance, press, sizes, da
     padding = torch.stack([(torch.arange(total) >= pad).long() for pad in left])
     ids = torch.randint(2, VOCABULARY, (len(left), total), generator=torch.Generator().manual_seed(total))
     assert_equal_to_masking(model, KnormCache(model, press), ids, sizes, padding, tolerance)
+
+
+@given(family=st.sampled_from(sorted(FAMILIES)), press=presses(), sizes=passes(4), left=st.integers(0, 12))
+@settings(max_examples=30, deadline=None)
+def test_any_family_under_any_policy_equals_masking(family, press, sizes, left):
+    model = tiny_model(family, "eager", torch.float32)
+    total = sum(sizes)
+    ids = torch.randint(2, VOCABULARY, (2, total), generator=torch.Generator().manual_seed(total))
+    padding = torch.stack([(torch.arange(total) >= pad).long() for pad in (0, min(left, sizes[0] - 1))])
+    assert_equal_to_masking(model, KnormCache(model, press), ids, sizes, padding, 5e-3)
 
 
 def test_the_oracle_sees_a_wrong_mask():

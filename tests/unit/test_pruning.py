@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knormpress import KnormPress
+from knormpress.layer import KnormLayer, TokenLog
 from knormpress.pruning import budget, gather, key_norms, select
 
 # Few distinct values, so that ties are the rule.
@@ -128,3 +129,33 @@ def test_one_prefill_keeps_the_share_of_the_prompt(ratio, prune_after, prompt):
 def test_keep_recent_is_a_floor():
     assert budget(KnormPress(0.1, prune_after=1, keep_recent=30), 0.1, seen=100, stored=100, new=100) == 30
     assert budget(KnormPress(0.1, prune_after=1, keep_recent=300), 0.1, seen=100, stored=100, new=100) == 100
+
+
+def test_a_row_that_got_no_token_is_left_alone():
+    press = KnormPress(0.5, prune_after=8)
+    assert budget(press, 0.5, seen=40, stored=30, new=0) == 30
+    assert budget(press, 0.5, seen=40, stored=30, new=2) == 20
+
+
+@given(
+    ratio=st.integers(5, 100).map(lambda p: p / 100),
+    prune_after=st.integers(1, 30),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8),
+    seed=st.integers(0, 999),
+)
+def test_iterative_kept_sets_are_the_papers(ratio, prune_after, lengths, seed):
+    """Against a plain reference: at len >= prune_after keep the ceil(r * len) stored keys of the lowest norm."""
+    press = KnormPress(ratio, prune_after=prune_after, skip_layers=(), schedule="iterative")
+    layer = KnormLayer(0, press, ratio, key_norms, TokenLog())
+    keys = torch.randn(1, 1, sum(lengths), 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    norms = keys[0, 0].norm(dim=-1).tolist()
+    stored, start = [], 0
+    for new in lengths:
+        layer.update(keys[:, :, start : start + new], keys[:, :, start : start + new])
+        stored += range(start, start + new)
+        start += new
+        if len(stored) >= prune_after:
+            kept = math.ceil(Fraction(str(ratio)) * len(stored))
+            stored = sorted(sorted(stored, key=lambda position: norms[position])[:kept])
+        assert layer.positions[0, 0].tolist() == stored
+        assert torch.equal(layer.keys[0, 0], keys[0, 0, stored])

@@ -124,3 +124,10 @@ def test_the_file_is_plain_safetensors(tmp_path):
     path = saved(tmp_path, tiny_model())
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     assert header["__metadata__"]["format"] == FORMAT
+
+
+def test_an_empty_cache_is_saved_too(tmp_path):
+    model = tiny_model()
+    KnormCache(model, PRESS).save(tmp_path / "c.safetensors")
+    loaded = KnormCache.load(tmp_path / "c.safetensors", model)
+    assert torch.equal(run(model, loaded, tokens(20)), run(model, KnormCache(model, PRESS), tokens(20)))
