@@ -22,7 +22,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 
 from knormpress.errors import KnormError
 from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog
-from knormpress.masks import MaskedCache, MaskHooks, dense_mask, flex_mask, full_past, layer_mask, real_tokens
+from knormpress.masks import (
+    MaskedCache,
+    MaskHooks,
+    dense_mask,
+    flex_mask,
+    full_past,
+    is_causal,
+    layer_mask,
+    real_tokens,
+)
 from knormpress.press import KnormPress
 from knormpress.pruning import key_norms
 from knormpress.saving import read_state, write_state
@@ -37,6 +46,7 @@ class _Pass:
     mask: Callable[[], Any]
     dense: Callable[[], Tensor | None]
     plain: bool
+    causal: bool
 
 
 class KnormCache(MaskedCache):
@@ -95,7 +105,7 @@ class KnormCache(MaskedCache):
         self.score = score
         self._config = config
         self._announced: int | None = None
-        self._pass = _Pass(_nothing, _nothing, True)
+        self._pass = _Pass(_nothing, _nothing, True, False)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -114,8 +124,8 @@ class KnormCache(MaskedCache):
         self._announced = None
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> Any:
-        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones that come to each row.
+    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> tuple[Any, bool]:
+        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones, see ``MaskedCache``.
 
         Raises:
             KnormError: the batch size changed, the model has no position for the new tokens, an earlier pass broke
@@ -124,7 +134,7 @@ class KnormCache(MaskedCache):
         index = cast(int, module.layer_idx)
         layer = self.layers[index]
         if not isinstance(layer, KnormLayer):
-            return mask
+            return mask, False
         layer.expect(batch)
         if self.log.seen not in (layer.seen, layer.seen + new):
             raise KnormError(
@@ -139,8 +149,9 @@ class KnormCache(MaskedCache):
             self._expect_positions(batch, new, real)
             self.log.extend(batch, new, real)
         self._announced = index
-        if not layer.pruned_at:
-            return mask
+        plain = self._pass.causal and not layer.holes
+        if not layer.pruned_at or (mask is None and plain):
+            return mask, plain
         own = layer_mask(
             self._pass.dense(),
             layer.positions.to(layer.device),
@@ -152,7 +163,7 @@ class KnormCache(MaskedCache):
             flash=ALL_MASK_ATTENTION_FUNCTIONS.get(self._config._attn_implementation) is flash_attention_mask,
         )
         is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
-        return flex_mask(own) if is_flex and own is not None else own
+        return (flex_mask(own) if is_flex and own is not None else own), plain
 
     def _expect_whole(self, index: int, new: int) -> None:
         """Check, at the first KnormLayer of a pass, that every layer has seen what it should."""
@@ -167,12 +178,13 @@ class KnormCache(MaskedCache):
                 )
 
     def _new_pass(self, mask: Any, seen: int, new: int) -> _Pass:
+        sdpa = self._config._attn_implementation == "sdpa"
         if mask is None:
             if self.log.real is not None and not bool(self.log.real.all()):
                 raise KnormError(
                     "an earlier pass had padding, but this one has no attention_mask; give one over all tokens seen"
                 )
-            return _Pass(_nothing, _nothing, True)
+            return _Pass(_nothing, _nothing, True, sdpa and new == 1)
         dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
         if dense.shape[-1] != seen + new:
             raise KnormError(
@@ -180,7 +192,9 @@ class KnormCache(MaskedCache):
                 f"give a mask over all {seen + new}, as without pruning"
             )
         reference = weakref.ref(mask)
-        return _Pass(reference, reference if dense is mask else lambda: dense, full_past(dense, seen))
+        plain = full_past(dense, seen)
+        causal = sdpa and plain and is_causal(dense, seen)
+        return _Pass(reference, reference if dense is mask else lambda: dense, plain, causal)
 
     def _expect_positions(self, batch: int, new: int, real: Tensor | None) -> None:
         """Check that the model has positions for the new tokens; padding takes none."""

@@ -10,6 +10,7 @@ Shapes: B rows, H key-value heads, A attention heads (A = H * groups), q new tok
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from typing import Any, ClassVar
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["MaskHooks", "MaskedCache", "dense_mask", "flex_mask", "full_past", "layer_mask", "real_tokens"]
+from knormpress import attention
+
+__all__ = ["MaskHooks", "MaskedCache", "dense_mask", "flex_mask", "full_past", "is_causal", "layer_mask", "real_tokens"]
 
 
 # People hide with -inf, with the least number of a type, and with -1e4, which fits in float16.
@@ -30,8 +34,11 @@ class MaskedCache(Cache):
 
     hooks: MaskHooks
 
-    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> Any:
-        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones that come to each row."""
+    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> tuple[Any, bool]:
+        """The mask with which ``module`` attends to its stored tokens and the ``new`` ones that come to each row.
+
+        With it comes whether that mask hides nothing but the later ones of the new tokens.
+        """
         raise NotImplementedError
 
 
@@ -77,6 +84,14 @@ def full_past(mask: Tensor, seen: int) -> bool:
     """Whether every new token attends to all that was seen before: True without padding and custom masks."""
     past = mask[..., :seen]
     return bool(past.all() if past.dtype == torch.bool else (past == 0).all())
+
+
+def is_causal(mask: Tensor, seen: int) -> bool:
+    """Whether a boolean mask (B, 1 or A, q, seen + q) hides from the new tokens nothing but the later ones of them."""
+    if mask.dim() != 4 or mask.dtype != torch.bool:
+        return False
+    own = mask[..., seen:]
+    return bool((own == torch.ones_like(own[0, 0]).tril()).all())
 
 
 def layer_mask(
@@ -152,6 +167,8 @@ class MaskHooks:
         handles = [module.register_forward_pre_hook(_Hook(self.model, module), with_kwargs=True) for module in modules]
         for handle in handles:
             weakref.finalize(self, handle.remove)
+        attention.enable()
+        weakref.finalize(self, attention.disable)
 
     def owns(self, module: nn.Module) -> bool:
         """Whether ``module`` is of this model, and not of a copy, which copies the hooks with it."""
@@ -167,8 +184,11 @@ class _Hook:
     def __init__(self, model: weakref.ref[PreTrainedModel], module: nn.Module) -> None:
         self.model = model
         # accelerate wraps `forward` of the instance; the class keeps the true signature.
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.mask_index = names.index("attention_mask")
+        parameters = inspect.signature(type(module).forward).parameters
+        self.mask_index = list(parameters)[1:].index("attention_mask")
+        used = vars(sys.modules[type(module).__module__]).get("ALL_ATTENTION_FUNCTIONS")
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self.tells_plain = takes_any and used is ALL_ATTENTION_FUNCTIONS
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, MaskedCache)), None)
@@ -177,9 +197,9 @@ class _Hook:
         hidden = args[0] if args else kwargs["hidden_states"]
         by_position = len(args) > self.mask_index
         mask = args[self.mask_index] if by_position else kwargs.get("attention_mask")
-        own = cache.mask_for(module, mask, *hidden.shape[:2])
-        if own is mask:
-            return None
+        own, plain = cache.mask_for(module, mask, *hidden.shape[:2])
+        if plain and self.tells_plain:
+            kwargs = {**kwargs, attention.PLAIN: True}
         if by_position:
             return (*args[: self.mask_index], own, *args[self.mask_index + 1 :]), kwargs
         return args, {**kwargs, "attention_mask": own}
