@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from knormpress.changes import Change, percent, ppl_change, ratio_change
+from knormpress.changes import ppl_change
 from knormpress.errors import KnormError
+from knormpress.intervals import Change, percent, ratio_change
 from knormpress.records import Latency, Record, Run
 
 __all__ = [

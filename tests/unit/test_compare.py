@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knormpress.changes import Change, gate, ppl_change, ratio_change
+from knormpress.changes import gate, ppl_change
 from knormpress.compare import Row, Verdict, differences, group_rows, judge_claims, judge_targets, summarize
 from knormpress.errors import KnormError
+from knormpress.intervals import Change, ratio_change
 from knormpress.records import DocumentScore, Record, Run
 from tests.record_factory import make_record, make_records
 

@@ -163,7 +163,7 @@ class Logged:
 
 def test_runs_alternate_after_a_warm_up_of_both() -> None:
     log: list[str] = []
-    pairs = time_in_turn(tiny_model(), Logged("A", log), Logged("B", log), prompt(), new_tokens=2, rounds=4)
+    pairs = time_in_turn(tiny_model(), Logged("A", log), Logged("B", log), prompt(), new_tokens=2, rounds=4).pairs
     warm_up, rounds = "AB", "ABBAABBA"
     assert log == [f"{what} {name}" for name in warm_up + rounds for what in ("enter", "run", "leave")]
     assert len(pairs) == 4
@@ -171,7 +171,7 @@ def test_runs_alternate_after_a_warm_up_of_both() -> None:
 
 def test_pairs_hold_the_baseline_first_whatever_the_order() -> None:
     slow = Logged("B", [], seconds=PAUSE)
-    pairs = time_in_turn(tiny_model(), Logged("A", []), slow, prompt(), new_tokens=2, rounds=3)
+    pairs = time_in_turn(tiny_model(), Logged("A", []), slow, prompt(), new_tokens=2, rounds=3).pairs
     for baseline, candidate in pairs:
         assert candidate.ttft_s >= PAUSE > baseline.ttft_s
 
@@ -195,7 +195,7 @@ def test_pruning_method_is_timed_on_a_pruned_cache() -> None:
             yield lambda: caches.append(new_cache()) or caches[-1]
 
     method: Method = remembered
-    (_, candidate), *_ = time_in_turn(tiny_model(), FullCache(), method, prompt(), new_tokens=4, rounds=1)
+    ((_, candidate),) = time_in_turn(tiny_model(), FullCache(), method, prompt(), new_tokens=4, rounds=1).pairs
     assert len(candidate.gaps_s) == 3
     assert len({id(cache) for cache in caches}) == 2
     assert caches[-1].stats()[1].evicted == 12
