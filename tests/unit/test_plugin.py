@@ -7,50 +7,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import knormpress.testing
-import knormpress.verdict_table  # noqa: F401 - pytester forgets what a run imports, and datasets can't be imported twice
 from knormpress import bench
 from knormpress.history import History
 from knormpress.methods import FullCache
 from knormpress.metrics import MemoryUse, measure_memory
-from tests.tiny_folder import save_model, save_text
-
-Run = Callable[..., pytest.RunResult]
+from tests.unit.conftest import Run
 
 LENGTHS = "context=40, scored=24"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_text(path / "text.txt", characters=2000)
-    return save_model(path)
-
-
-@pytest.fixture
-def run(pytester: pytest.Pytester, folder: Path) -> Run:
-    """Runs pytest on the test file given, with a tiny model and what else is given as options or settings."""
-
-    def run(source: str, *arguments: str, ini: str = "", how: str = "options", **options: object) -> pytest.RunResult:
-        given = {"model": folder, "corpus": folder / "text.txt", "device": "cpu", "seconds": 0, "prune_after": 16}
-        given |= {"samples": 2, "keep_ratios": "0.5"} | options
-        settings, words = [ini], list(arguments)
-        for name, value in given.items():
-            if name in options and how == "ini":
-                settings.append(f"knorm_{name} = {value}")
-            elif value is not None:
-                words.append(f"--knorm-{name.replace('_', '-')}={value}")
-        pytester.makeini("\n".join(["[pytest]", *settings]))
-        pytester.makepyfile(test_it=source)
-        return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rA", *words)
-
-    return run
 
 
 def prints(expression: str, *fixtures: str) -> str:
@@ -92,11 +60,13 @@ OPTIONS = [
 
 @pytest.mark.parametrize("how", ["options", "ini"])
 @pytest.mark.parametrize(("name", "value", "source", "seen"), OPTIONS, ids=[f"{o[0]}={o[1]}" for o in OPTIONS])
-def test_every_option(run: Run, folder: Path, how: str, name: str, value: str, source: str, seen: list[str]) -> None:
+def test_every_option(
+    run: Run, model_folder: Path, how: str, name: str, value: str, source: str, seen: list[str]
+) -> None:
     extra: dict[str, object] = {"precision": "0.0001"} if name == "seconds" else {}
     if name == "method" and value == "full":
         extra["keep_ratios"] = "1.0"
-    given = str(folder) if value == "FOLDER" else value
+    given = str(model_folder) if value == "FOLDER" else value
     result = run(source, how=how, **{name: given}, **extra)
     result.assert_outcomes(passed=len(seen))
     found = [line.removeprefix("seen: ") for line in result.outlines if line.startswith("seen: ")]
@@ -133,17 +103,26 @@ def test_plain_help_is_not_slowed_by_torch() -> None:
 GATE = f"def test_quality(knorm_gate, knorm_press):\n    knorm_gate(knorm_press, {LENGTHS})\n"
 
 
+SCORED = """
+from knormpress import KnormPress
+from knormpress.testing import Scored
+from tests.record_factory import make_record
+
+def test_quality(knorm_gate):
+    knorm_gate(Scored(KnormPress(0.5), make_record(0.5, ppl={ppl}, documents=8).quality, 40, 24))
+"""
+
+
 def test_a_gate_passes_fails_or_says_how_many_documents_would_decide(run: Run) -> None:
-    run(GATE, keep_ratios="1.0").assert_outcomes(passed=1)
-    run(GATE, ppl_tolerance="100000").assert_outcomes(passed=1)
-    failed = run(GATE, ppl_tolerance="0.001")
+    run(SCORED.format(ppl=0.5), ppl_tolerance=5).assert_outcomes(passed=1)
+    run(SCORED.format(ppl=-30.0), ppl_tolerance=5).assert_outcomes(failed=1)
+    failed = run(SCORED.format(ppl=30.0), ppl_tolerance=5)
     failed.assert_outcomes(failed=1)
-    measured = re.search(r"^perplexity \+?(\S+) % .* allowed", failed.stdout.str(), re.MULTILINE)
-    assert measured is not None
-    # A limit inside the interval can't be decided.
-    undecided = run(GATE, ppl_tolerance=str(abs(float(measured[1])) * 1.01))
+    failed.stdout.re_match_lines([r"perplexity \+30\.0 % \(.*\) on 8 documents, allowed \+-5 %"])
+    undecided = run(SCORED.format(ppl=4.9), ppl_tolerance=5)
     undecided.assert_outcomes(xfailed=1)
-    undecided.stdout.re_match_lines([r"XFAIL .* inconclusive: perplexity .*"])
+    undecided.stdout.re_match_lines([r"XFAIL .* inconclusive: perplexity \+4\.9 %.*"])
+    run(GATE, ppl_tolerance="100000").assert_outcomes(passed=1)
 
 
 PERF = """
@@ -242,3 +221,16 @@ def test_an_unknown_storage_is_refused(run: Run) -> None:
     result = run(EXACT, "--knorm-save", "--benchmark-storage=elasticsearch+http://x/y")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert os.listdir(".") == ["test_it.py", "tox.ini"] or not Path(".benchmarks/knormpress").exists()
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_readmes_tests_run_as_shown(run: Run) -> None:
+    """A stranger's perf test and quality gate, word for word, and under ten lines each."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (shown,) = (block for block in blocks if "def test_" in block)
+    assert all(len(test.splitlines()) < 10 for test in shown.split("\n\n\n"))
+    result = run(shown, "--knorm-compare", ppl_tolerance="1e6")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["2 no-baseline"])
