@@ -205,6 +205,8 @@ def setting(row: Row) -> dict[str, object]:
         "text": f"{record.text.name} ({record.text.sha256[:12]})",
         "device": f"{environment.device} ({environment.device_name})",
         "threads": environment.threads,
+        "commit": (environment.git_commit or "none")[:12],
+        "versions": f"torch {environment.torch}, transformers {environment.transformers}",
         "method": policy.method,
         "kind of ratio": "one per layer" if policy.layer_keep_ratios else "one for all layers",
         "prune_after": policy.prune_after,
