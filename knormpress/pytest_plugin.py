@@ -79,6 +79,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_RUN] = _told(lambda: _Run.begin(config))
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse, in one line and before anything is collected, what the command line asks for and can't have."""
+    if session.config.getoption("--knorm-device") is not None:
+        _devices(session.config)
+    _told(lambda: _presses(session.config))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that take a device or a press once for each device and keep ratio asked for."""
     if "knorm_device" in metafunc.fixturenames:
@@ -240,12 +247,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     run = terminalreporter.config.stash.get(_RUN, None)
     if run is None or not run.compares:
         return
+    from knormpress.commits import is_dirty
     from knormpress.verdict_table import verdict_lines
 
     verdicts = [*run.verdicts, *run.vanished(terminalreporter.config)]
     if verdicts:
         terminalreporter.section("knormpress: against the stored runs")
-        for line in (*run.history.notes, *verdict_lines(verdicts)):
+        dirty = ["the tree has uncommitted changes: this run will not become a baseline"] if is_dirty() else []
+        for line in (*run.history.notes, *dirty, *verdict_lines(verdicts)):
             terminalreporter.write_line(line)
 
 

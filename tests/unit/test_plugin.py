@@ -84,12 +84,10 @@ def test_every_option(
     ],
 )
 def test_bad_input_is_one_line(run: Run, name: str, value: str, message: str) -> None:
-    source = prints("knorm_bench, knorm_press", "knorm_bench", "knorm_press")
-    result = run(source, *(["--knorm-compare"] if name == "thresholds" else []), **{name: value})
-    assert result.ret == pytest.ExitCode.USAGE_ERROR if name == "thresholds" else pytest.ExitCode.INTERRUPTED
-    text = result.stdout.str() + result.stderr.str()
-    assert message in text
-    assert "passed" not in text
+    result = run(prints("1"), "--knorm-compare", **{name: value})
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.errlines if line]
+    assert line.startswith(f"ERROR: {message}")
 
 
 def test_plain_help_is_not_slowed_by_torch() -> None:
@@ -171,6 +169,29 @@ def test_a_run_is_compared_with_the_one_before(run: Run, pytester: pytest.Pytest
     third.stdout.fnmatch_lines(["1 missing, 1 new, 1 ok"])
     left_out = run(EXACT.replace("test_bytes", "test_size"), "--knorm-compare", "-k", "test_quality", **wide)
     left_out.stdout.fnmatch_lines(["1 ok"])
+
+
+def test_saving_comparing_and_thresholds_as_settings(run: Run) -> None:
+    run(EXACT, ini="knorm_save = true", ppl_tolerance="1e6")
+    assert len(History.read(Path(".benchmarks")).entries) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure_memory", _wasteful)
+        refused = run(EXACT, ini="knorm_compare = true\nknorm_thresholds = bytes=5", ppl_tolerance="1e6")
+        allowed = run(EXACT, ini="knorm_compare = true\nknorm_thresholds = bytes=20", ppl_tolerance="1e6")
+    allowed.assert_outcomes(passed=2)
+    refused.assert_outcomes(passed=1, failed=1)
+
+
+def test_a_dirty_tree_is_told(run: Run) -> None:
+    git = ["git", "-c", "user.name=n", "-c", "user.email=n@example.org"]
+    run(EXACT, ppl_tolerance="1e6")
+    for words in (["init", "-q"], ["add", "tox.ini"], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = run(EXACT, "--knorm-compare", ppl_tolerance="1e6")
+    assert "uncommitted" not in clean.stdout.str()
+    Path("tox.ini").write_text("[pytest]\n")
+    dirty = run(EXACT, "--knorm-compare", ini="knorm_seconds = 0", ppl_tolerance="1e6")
+    dirty.stdout.fnmatch_lines(["the tree has uncommitted changes: this run will not become a baseline", "2 ok"])
 
 
 def test_saving_alone_judges_nothing(run: Run) -> None:
