@@ -28,7 +28,7 @@ from knormpress.press import KnormPress
 from knormpress.pruning import key_norms
 from knormpress.saving import read_state, write_state
 
-__all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "pruned_generation"]
+__all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "generation_through", "pruned_generation"]
 
 
 @dataclass(frozen=True)
@@ -352,13 +352,25 @@ class KnormCache(MaskedCache):
 def pruned_generation(
     model: PreTrainedModel, press: KnormPress, score: Score = key_norms
 ) -> Iterator[Callable[[], KnormCache]]:
-    """Give every ``generate()`` of ``model`` a fresh ``KnormCache``, unless the call brings a cache or wants none.
+    """Give every ``generate()`` of ``model`` a fresh ``KnormCache``, see ``generation_through``.
 
-    Contexts may be nested: the innermost holds. Yields a function that makes such a cache.
+    Yields a function that makes such a cache.
     """
 
     def new_cache() -> KnormCache:
         return KnormCache(model, press, score)
+
+    new_cache()  # an unfit model or press is told of here, not in the middle of a generation
+    with generation_through(model, new_cache):
+        yield new_cache
+
+
+@contextmanager
+def generation_through(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Iterator[None]:
+    """Give every ``generate()`` of ``model`` a cache of ``new_cache``, unless the call brings a cache or wants none.
+
+    Contexts may be nested: the innermost holds.
+    """
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
@@ -366,13 +378,12 @@ def pruned_generation(
             kwargs["past_key_values"] = new_cache()
         return original(*args, **kwargs)
 
-    new_cache()  # an unfit model or press is told of here, not in the middle of a generation
     target: Any = model
     original = target.generate
     outer = vars(model).get("generate")
     target.generate = generate
     try:
-        yield new_cache
+        yield
     finally:
         if outer is None:
             del target.generate

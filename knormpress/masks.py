@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import Cache, PreTrainedModel
 
-__all__ = ["MaskHooks", "MaskedCache", "dense_mask", "flex_mask", "full_past", "layer_mask", "real_tokens"]
+__all__ = [
+    "MaskHooks",
+    "MaskedCache",
+    "dense_mask",
+    "flex_mask",
+    "full_past",
+    "is_attention",
+    "layer_mask",
+    "real_tokens",
+]
 
 
 # People hide with -inf, with the least number of a type, and with -1e4, which fits in float16.
@@ -146,7 +155,7 @@ class MaskHooks:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
-        modules = [module for module in model.modules() if _is_attention(module)]
+        modules = [module for module in model.modules() if is_attention(module)]
         self.layers = {module.layer_idx for module in modules}
         self._modules = weakref.WeakSet(modules)
         handles = [module.register_forward_pre_hook(_Hook(self.model, module), with_kwargs=True) for module in modules]
@@ -185,7 +194,8 @@ class _Hook:
         return args, {**kwargs, "attention_mask": own}
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is the attention of one numbered layer, and can be handed a mask."""
     if not isinstance(getattr(module, "layer_idx", None), int) or "Attention" not in type(module).__name__:
         return False
     return "attention_mask" in inspect.signature(type(module).forward).parameters
