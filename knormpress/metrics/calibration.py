@@ -11,7 +11,7 @@ from knormpress.devices import synchronize
 
 __all__ = ["calibrate"]
 
-_LOOPS = 9
+_LOOPS = 31
 _WIDTH = 512
 _COPIED = 2**21  # floats: 8 MB, more than the caches of most processors
 
