@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,16 @@ from knormpress.corpora import Corpus, documents
 from knormpress.environment import describe_environment
 from knormpress.errors import KnormError
 from knormpress.methods import FullCache
-from knormpress.metrics import Method, Timing, measure_memory, score_document, time_generation, time_in_turn
+from knormpress.metrics import (
+    Method,
+    Repeat,
+    Timing,
+    measure_memory,
+    score_document,
+    time_generation,
+    time_in_turn,
+    until_enough,
+)
 from knormpress.models import load_model
 from knormpress.records import (
     DocumentScore,
@@ -28,7 +38,7 @@ from knormpress.records import (
     TextInfo,
 )
 
-__all__ = ["Bench", "as_run", "cold_ttft", "latency", "memory", "quality"]
+__all__ = ["Bench", "cold_ttft", "latency", "memory", "quality", "refuse_unpruned"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,19 @@ def quality(
     return [Quality(documents=tuple(collected)) for collected in scores]
 
 
+def refuse_unpruned(method: str, quality: Quality) -> None:
+    """See that a method which is to drop tokens predicts otherwise than the full cache.
+
+    Raises:
+        KnormError: it never does, so that the full cache was scored.
+    """
+    if all(document.kl == 0.0 for document in quality.documents):
+        raise KnormError(
+            f"{method} predicts exactly what the full cache does, so nothing was pruned, or the full cache was scored; "
+            "see that it prunes within the prompt"
+        )
+
+
 def memory(
     bench: Bench,
     prompt: Tensor,
@@ -159,24 +182,35 @@ def latency(
     *,
     new_tokens: int,
     rounds: int,
+    precision: float | None = None,
+    seconds: float = math.inf,
     prefill_chunk: int | None,
     cold_s: float | None = None,
     after_run: Callable[[], None] = lambda: None,
+    repeat: Repeat = until_enough,
 ) -> Latency:
-    """Time the full cache and the candidate in turn; ``cold_s`` is noted as the first call of the process."""
-    pairs = time_in_turn(
+    """Time the full cache and the candidate in turn, see ``metrics.time_in_turn``.
+
+    ``cold_s`` is noted as the first call of the process.
+    """
+    found = time_in_turn(
         bench.model,
         FullCache(),
         candidate,
         prompt,
         new_tokens=new_tokens,
         rounds=rounds,
+        precision=precision,
+        seconds=seconds,
         prefill_chunk=prefill_chunk,
         after_run=after_run,
+        repeat=repeat,
     )
     return Latency(
-        baseline=tuple(as_run(baseline) for baseline, _ in pairs),
-        candidate=tuple(as_run(timed) for _, timed in pairs),
+        baseline=tuple(_as_run(baseline) for baseline, _ in found.pairs),
+        candidate=tuple(_as_run(timed) for _, timed in found.pairs),
+        stopped=found.stopped,
+        calibration_s=found.calibration_s,
         ttft_cold_s=cold_s,
     )
 
@@ -194,6 +228,6 @@ def cold_ttft(bench: Bench, prompt: Tensor, *, prefill_chunk: int | None) -> flo
         return time_generation(bench.model, prompt, new_cache, new_tokens=1, prefill_chunk=prefill_chunk).ttft_s
 
 
-def as_run(timing: Timing) -> Run:
+def _as_run(timing: Timing) -> Run:
     """A timing as records hold it."""
     return Run(ttft_s=timing.ttft_s, gaps_s=timing.gaps_s)

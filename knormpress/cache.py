@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -19,13 +20,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from knormpress.errors import KnormError
-from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog
+from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog, layer_stats
 from knormpress.masks import MaskedCache, MaskHooks, SharedMask, flex_mask, layer_mask, real_tokens
 from knormpress.press import KnormPress
 from knormpress.pruning import key_norms
 from knormpress.saving import read_state, write_state
 
-__all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "pruned_generation"]
+__all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "generation_through", "pruned_generation"]
 
 
 class KnormCache(MaskedCache):
@@ -53,7 +54,8 @@ class KnormCache(MaskedCache):
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
             raise KnormError(f"{type(model).__name__} is an encoder-decoder; KnormPress prunes decoder-only models")
-        if getattr(config, "kv_sharing_modes", None) is not None:
+        # transformers 5.19 has no kv_sharing_modes yet.
+        if getattr(config, "kv_sharing_modes", None) is not None or getattr(config, "num_kv_shared_layers", None):
             raise KnormError(f"{type(model).__name__} shares keys between layers, which KnormPress can't prune")
         if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
             raise KnormError(
@@ -133,7 +135,7 @@ class KnormCache(MaskedCache):
             return mask, plain
         own = layer_mask(
             self._pass.dense(),
-            layer.positions.to(layer.device),
+            layer.positions,
             seen=layer.seen,
             new=new,
             groups=self._config.num_attention_heads // layer.positions.shape[1],
@@ -170,7 +172,18 @@ class KnormCache(MaskedCache):
                 f"the attention mask covers {shared.covers} tokens, but {seen} were seen and {new} come; "
                 f"give a mask over all {seen + new}, as without pruning"
             )
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._expect_nothing_hidden(mask[:, :seen].bool())
         return shared
+
+    def _expect_nothing_hidden(self, past: Tensor) -> None:
+        """Check that a mask of two dimensions hides padding only: its columns are those of all heads."""
+        hidden = ~past if self.log.real is None else self.log.real[:, : past.shape[1]] & ~past
+        if any(isinstance(layer, KnormLayer) and layer.pruned_at for layer in self.layers) and bool(hidden.any()):
+            raise KnormError(
+                "the attention mask hides tokens that earlier passes attended to, and flash attention has no mask per "
+                "head to do so; keep what the mask said of them, or load the model with attn_implementation='sdpa'"
+            )
 
     def _expect_positions(self, batch: int, new: int, real: Tensor | None) -> None:
         """Check that the model has positions for the new tokens; padding takes none."""
@@ -192,11 +205,11 @@ class KnormCache(MaskedCache):
     @property
     def nbytes(self) -> int:
         """Bytes of storage really held by all layers: not of the views into it, and with spare room and positions."""
-        return sum(_layer_bytes(layer) for layer in self.layers)
+        return sum(stats.nbytes for stats in self.stats())
 
     def stats(self) -> list[LayerStats]:
         """What each layer has seen, stored and dropped; sliding and linear layers drop by rules of their own."""
-        return [layer.stats() if isinstance(layer, KnormLayer) else _foreign_stats(layer) for layer in self.layers]
+        return [layer_stats(layer) for layer in self.layers]
 
     def prefill_from(self, full: Cache) -> None:
         """Take the tokens of ``full``, a filled and unpruned cache of the same model, as if they came in one prefill.
@@ -225,6 +238,7 @@ class KnormCache(MaskedCache):
         Raises:
             KnormError: a layer's state can't be stored, such as that of linear attention, or the file can't be written.
         """
+        self._settle()
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
         for index, layer in enumerate(self.layers):
@@ -294,38 +308,59 @@ class KnormCache(MaskedCache):
                 layer.expect_crop(-tokens_to_remove)
             elif isinstance(layer, DynamicSlidingWindowLayer) and tokens_to_remove and not layer.record_past:
                 _expect_sliding_crop(layer, -tokens_to_remove)
+        self._settle()
         super().crop(tokens_to_remove)
         self.log.truncate(self.log.seen - abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row ``beam_idx[i]`` was."""
+        self._settle()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.log.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
+        self._settle()
         super().batch_repeat_interleave(repeats)
         if self.log.real is not None:
             self.log.real = self.log.real.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` only."""
+        self._settle()
         super().batch_select_indices(indices)
         if self.log.real is not None:
             self.log.real = self.log.real[indices]
+
+    def _settle(self) -> None:
+        """Wait for the moves of offloading, which only a forward pass waits for by itself."""
+        if self.offloading:
+            torch.cuda.synchronize(self.model.device)
 
 
 @contextmanager
 def pruned_generation(
     model: PreTrainedModel, press: KnormPress, score: Score = key_norms
 ) -> Iterator[Callable[[], KnormCache]]:
-    """Give every ``generate()`` of ``model`` a fresh ``KnormCache``, unless the call brings a cache or wants none.
+    """Give every ``generate()`` of ``model`` a fresh ``KnormCache``, see ``generation_through``.
 
-    Contexts may be nested: the innermost holds. Yields a function that makes such a cache.
+    Yields a function that makes such a cache.
     """
 
     def new_cache() -> KnormCache:
         return KnormCache(model, press, score)
+
+    new_cache()  # an unfit model or press is told of here, not in the middle of a generation
+    with generation_through(model, new_cache):
+        yield new_cache
+
+
+@contextmanager
+def generation_through(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Iterator[None]:
+    """Give every ``generate()`` of ``model`` a cache of ``new_cache``, unless the call brings a cache or wants none.
+
+    Contexts may be nested: the innermost holds.
+    """
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
@@ -333,13 +368,12 @@ def pruned_generation(
             kwargs["past_key_values"] = new_cache()
         return original(*args, **kwargs)
 
-    new_cache()  # an unfit model or press is told of here, not in the middle of a generation
     target: Any = model
     original = target.generate
     outer = vars(model).get("generate")
     target.generate = generate
     try:
-        yield new_cache
+        yield
     finally:
         if outer is None:
             del target.generate
@@ -364,24 +398,3 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor],
     keys, values = layer.keys, layer.values
     tensors = {} if keys is None or values is None else {"keys": keys, "values": values}
     return tensors, {"seen": layer.cumulative_length}
-
-
-def _layer_bytes(layer: Any) -> int:
-    if isinstance(layer, KnormLayer):
-        return layer.nbytes
-    tensors = [tensor for tensor in _tensors(vars(layer)) if tensor.numel() > 1]
-    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _foreign_stats(layer: Any) -> LayerStats:
-    seen = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0
-    stored = layer.keys.shape[2] if seen and layer.keys is not None else 0
-    return LayerStats(seen, stored, seen - stored, _layer_bytes(layer))

@@ -1,48 +1,20 @@
-"""A change against the in-run baseline, with its 95 % interval: statistics of bare figures."""
+"""The change of perplexity against the full cache, and whether a gate lets it pass."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
 
+from knormpress.intervals import SEED, Change, Floats, percent, spanning
 from knormpress.records import DocumentScore
 
-__all__ = ["Change", "gate", "percent", "ppl_change", "ratio_change"]
+__all__ = ["documents_to_decide", "gate", "ppl_change"]
 
-_Floats = NDArray[np.float64]
-
-_SEED = 20240611
 _RESAMPLES = 2_000
 _BLOCK = 64
-_LEAST_PAIRS = 3
-
-
-@dataclass(frozen=True)
-class Change:
-    """A change against the in-run baseline in %, with its 95 % interval; None where the data can't give an interval."""
-
-    percent: float
-    low: float | None
-    high: float | None
-
-    def __str__(self) -> str:
-        return f"{_signed(self.percent)} %"
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The ends of the interval, or the change itself twice where there is none."""
-        return (self.percent, self.percent) if self.low is None or self.high is None else (self.low, self.high)
-
-    @property
-    def interval(self) -> str:
-        """The interval in %, as text of at most 14 characters."""
-        return "no interval" if self.low is None or self.high is None else f"{_signed(self.low)}..{_signed(self.high)}"
 
 
 def gate(change: Change, tolerance: float) -> Literal["pass", "fail", "inconclusive"]:
@@ -58,23 +30,25 @@ def gate(change: Change, tolerance: float) -> Literal["pass", "fail", "inconclus
     return "fail" if change.low > tolerance or change.high < -tolerance else "inconclusive"
 
 
-def ratio_change(baseline: ArrayLike, candidate: ArrayLike) -> Change:
-    """The median over pairs of candidate / baseline, as a change in %, with its percentile-bootstrap interval.
+def documents_to_decide(change: Change, tolerance: float, documents: int) -> int | None:
+    """About how many more documents it takes for ``gate`` to decide, after ``documents`` left it inconclusive.
 
-    Only within a pair are two figures compared: what slows the machine down for both leaves the ratio alone. One or two
-    pairs give no interval. With n pairs even their whole range covers the true median with a probability of only
-    1 - 2 ** (1 - n): 75 % at 3, 94 % at 5, and from 6 on an interval can live up to its 95 %.
+    An interval narrows with the square root of the documents, about a change that stays where it is. None where it lies
+    on the limit itself, or has no interval yet.
     """
-    ratios = np.asarray(candidate, dtype=np.float64) / np.asarray(baseline, dtype=np.float64)
-    middle = percent(float(np.median(ratios)))
-    if len(ratios) < _LEAST_PAIRS:
-        return Change(middle, None, None)
-    if np.ptp(ratios) == 0:
-        return Change(middle, middle, middle)
-    found = bootstrap(
-        (ratios,), np.median, method="percentile", n_resamples=_RESAMPLES, rng=np.random.default_rng(_SEED)
-    ).confidence_interval
-    return _around(middle, percent(float(found.low)), percent(float(found.high)))
+    if change.low is None or change.high is None:
+        return None
+    above, below = change.high - change.percent, change.percent - change.low
+    if abs(change.percent) < tolerance:
+        room = [(above, tolerance - change.percent), (below, tolerance + change.percent)]
+    elif change.percent > 0:
+        room = [(below, change.percent - tolerance)]
+    else:
+        room = [(above, -tolerance - change.percent)]
+    if min(distance for _, distance in room) <= 0:
+        return None
+    wanted = math.ceil(documents * max(width / distance for width, distance in room) ** 2)
+    return max(1, wanted - documents)
 
 
 def ppl_change(documents: Sequence[DocumentScore]) -> Change:
@@ -85,21 +59,16 @@ def ppl_change(documents: Sequence[DocumentScore]) -> Change:
     and are not independent. One document of up to 64 tokens gives no interval; an interval from one longer document
     speaks of that document only.
     """
-    gaps: list[_Floats] = [np.subtract(document.candidate_nll, document.baseline_nll) for document in documents]
+    gaps: list[Floats] = [np.subtract(document.candidate_nll, document.baseline_nll) for document in documents]
     middle = percent(math.exp(float(np.concatenate(gaps).mean())))
     if len(gaps) == 1 and len(gaps[0]) <= _BLOCK:
         return Change(middle, None, None)
     low, high = np.percentile(_resampled_means(gaps), (2.5, 97.5))
-    return _around(middle, percent(math.exp(low)), percent(math.exp(high)))
+    return spanning(middle, percent(math.exp(low)), percent(math.exp(high)))
 
 
-def _around(middle: float, low: float, high: float) -> Change:
-    # Sums in another order round differently, which can push an interval of almost no width off its own middle.
-    return Change(middle, min(low, middle), max(high, middle))
-
-
-def _resampled_means(gaps: list[_Floats]) -> _Floats:
-    random = np.random.default_rng(_SEED)
+def _resampled_means(gaps: list[Floats]) -> Floats:
+    random = np.random.default_rng(SEED)
     chosen = random.integers(len(gaps), size=(_RESAMPLES, len(gaps)))
     means = np.empty(chosen.shape)
     weights = np.empty(chosen.shape)
@@ -112,15 +81,3 @@ def _resampled_means(gaps: list[_Floats]) -> _Floats:
         means[drawn] = block_means[starts].mean(axis=1)
         weights[drawn] = len(gap)
     return np.asarray((means * weights).sum(axis=1) / weights.sum(axis=1))
-
-
-def percent(ratio: float) -> float:
-    """A ratio to the baseline as a change in %."""
-    return (ratio - 1.0) * 100.0
-
-
-def _signed(percent: float) -> str:
-    if abs(percent) >= 99_999.5:
-        return f"{percent:+.1e}".replace("e+0", "e").replace("e+", "e")
-    text = f"{percent:+.0f}" if abs(percent) >= 99.95 else f"{percent:+.1f}"
-    return text[1:] if float(text) == 0 else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,13 +54,16 @@ PrefillChunk = Annotated[int | None, typer.Option(help="Send prompts in chunks o
 Samples = Annotated[
     int, typer.Option("--num-wikitext-samples", "--samples", help="Documents on which perplexity is measured.")
 ]
-Rounds = Annotated[int, typer.Option(help="Timed pairs of runs for each cell.")]
+Rounds = Annotated[int, typer.Option(help="Timed pairs of runs for each cell at least.")]
+Precision = Annotated[float, typer.Option(help="Half width in % of the timings' intervals at which no more are timed.")]
+Seconds = Annotated[float, typer.Option(help="Beyond --rounds, no pair of a cell is begun after so many seconds.")]
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew; the earlier results are renamed.")]
 
 _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
+_FAILED = 1
 # What a shell reports for a command that SIGINT ended.
 _STOPPED = 130
 
@@ -76,6 +80,8 @@ def baseline(
     prefill_chunk: PrefillChunk = None,
     samples: Samples = 3,
     rounds: Rounds = 5,
+    precision: Precision = 3.0,
+    seconds: Seconds = 20.0,
     output: Output = _RESULTS,
     fresh: Fresh = False,
 ) -> None:
@@ -101,6 +107,8 @@ def baseline(
         prompt_tokens=lengths,
         new_tokens=new_tokens,
         rounds=rounds,
+        precision=precision,
+        seconds=seconds,
         prefill_chunk=prefill_chunk,
         model=model,
         dtype=dtype,
@@ -135,6 +143,8 @@ def sweep(
     new_tokens: NewTokens = 32,
     prefill_chunk: PrefillChunk = None,
     rounds: Rounds = 5,
+    precision: Precision = 3.0,
+    seconds: Seconds = 20.0,
     output: Output = _RESULTS,
     fresh: Fresh = False,
 ) -> None:
@@ -165,6 +175,8 @@ def sweep(
         prompt_tokens=lengths,
         new_tokens=new_tokens,
         rounds=rounds,
+        precision=precision,
+        seconds=seconds,
         prefill_chunk=prefill_chunk,
         model=model,
         dtype=dtype,
@@ -202,6 +214,53 @@ def plot(
         raise KnormError(f"{results} is empty; make results with: knormpress sweep")
     for picture in draw_all(rows, output or results.parent):
         typer.echo(picture)
+
+
+@app.command()
+def compare(
+    base: Annotated[
+        str | None, typer.Argument(help="A commit to measure in turn with HEAD, now; the stored runs unless given.")
+    ] = None,
+    tests: Annotated[str, typer.Option(help="With BASE: what pytest is to run.")] = "tests/perf tests/quality",
+    storage: Annotated[Path, typer.Option(help="pytest-benchmark's storage.")] = Path(".benchmarks"),
+    thresholds: Annotated[str, typer.Option(help="Losses in % that are allowed, such as tpot=5,bytes=0.5.")] = "",
+    markdown: Annotated[Path | None, typer.Option(help="Write the verdicts to this file too, as Markdown.")] = None,
+) -> None:
+    """Say what became of every figure since its baseline; exit with status 1 if one regressed.
+
+    Without BASE: the newest stored run against the nearest ancestor commit that has data.
+    With BASE: it and HEAD are checked out beside each other and measured in the order base, head, head, base.
+
+    \b
+    Examples:
+      pytest tests/perf tests/quality --knorm-save && knormpress compare
+      knormpress compare main
+      knormpress compare HEAD~1 --tests "tests/perf --knorm-keep-ratios 0.5" --markdown summary.md
+    """
+    from knormpress.history import History, judge_commits, judge_newest
+    from knormpress.in_turn import measure_in_turn, resolve_commit
+    from knormpress.verdict_table import verdict_lines, verdict_markdown
+    from knormpress.verdicts import read_thresholds
+
+    limits = read_thresholds(thresholds)
+    faults: list[str] = []
+    if base is None:
+        history = History.read(storage)
+        verdicts = judge_newest(history, limits)
+    else:
+        commits = resolve_commit(base), resolve_commit("HEAD")
+        if commits[0] == commits[1]:
+            raise KnormError(f"{base} and HEAD are one commit, {commits[0][:12]}; name another")
+        before = {entry.run for entry in History.read(storage).entries}
+        faults = measure_in_turn(*commits, shlex.split(tests), storage, lambda text: typer.echo(text, err=True))
+        history = History.read(storage).without(before)
+        verdicts = judge_commits(history, *commits, limits)
+    for line in (*history.notes, *verdict_lines(verdicts), *faults):
+        typer.echo(line)
+    if markdown is not None:
+        markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
+    if faults or any(verdict.word == "regressed" for verdict in verdicts):
+        raise typer.Exit(_FAILED)
 
 
 @app.command()

@@ -10,8 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from knormpress.changes import Change, percent, ppl_change, ratio_change
+from knormpress.changes import ppl_change
 from knormpress.errors import KnormError
+from knormpress.intervals import Change, percent, ratio_change
 from knormpress.records import Latency, Record, Run
 
 __all__ = [
@@ -204,6 +205,8 @@ def setting(row: Row) -> dict[str, object]:
         "text": f"{record.text.name} ({record.text.sha256[:12]})",
         "device": f"{environment.device} ({environment.device_name})",
         "threads": environment.threads,
+        "commit": (environment.git_commit or "none")[:12],
+        "versions": f"torch {environment.torch}, transformers {environment.transformers}",
         "method": policy.method,
         "kind of ratio": "one per layer" if policy.layer_keep_ratios else "one for all layers",
         "prune_after": policy.prune_after,

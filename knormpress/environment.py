@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 
 import torch
 import transformers
 
 import knormpress
+from knormpress.commits import head, is_dirty
 from knormpress.devices import device_name
 from knormpress.records import Environment
 
@@ -19,10 +19,9 @@ def describe_environment(device: torch.device) -> Environment:
     """What a record says of this process on ``device``.
 
     The commit is that of the repository around the current directory, the one that a user's own changes are in; None
-    outside of one. It counts as dirty when a tracked file was changed: untracked results change no measurement.
+    outside of one.
     """
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    commit = head()
     return Environment(
         knormpress=knormpress.__version__,
         python=platform.python_version(),
@@ -34,13 +33,5 @@ def describe_environment(device: torch.device) -> Environment:
         device_name=device_name(device),
         threads=torch.get_num_threads(),
         git_commit=commit,
-        git_dirty=None if commit is None or changed is None else bool(changed),
+        git_dirty=None if commit is None else is_dirty(),
     )
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        ran = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ran.stdout.strip() if ran.returncode == 0 else None

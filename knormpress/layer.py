@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from knormpress.press import KnormPress
 from knormpress.pruning import budget, gather, select
 from knormpress.tape import Tape
 
-__all__ = ["KnormLayer", "LayerStats", "Score", "TokenLog"]
+__all__ = ["KnormLayer", "LayerStats", "Score", "TokenLog", "layer_stats"]
 
 Score = Callable[[Tensor, Tensor, int], Tensor]
 """Keys (B, H, n, D), positions (B, H, n) and the layer's index to scores (B, H, n); the lowest are kept."""
@@ -109,7 +109,7 @@ class KnormLayer(CacheLayerMixin):
             return torch.empty(0, 0, 0, dtype=torch.int32)
         if self._slots.length:
             return self._slots.view
-        return torch.arange(self.stored, dtype=torch.int32, device=self.keys.device).expand(*self.keys.shape[:3])
+        return torch.arange(self.stored, dtype=torch.int32, device=self.device).expand(*self.keys.shape[:3])
 
     @property
     def nbytes(self) -> int:
@@ -213,7 +213,10 @@ class KnormLayer(CacheLayerMixin):
             if self._slots.length:
                 self._slots.truncate(self.stored)
         if self.record_past:
+            home = self._tapes[0].view.device
+            self.prefetch()
             self._prune()
+            self._move(home)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row ``beam_idx[i]`` was."""
@@ -235,11 +238,14 @@ class KnormLayer(CacheLayerMixin):
         self.reorder_cache(torch.arange(len(self._row_stored))[indices.cpu()])
 
     def offload(self) -> None:
-        """Move what is stored to the CPU, see ``transformers.Cache`` on offloading."""
+        """Move keys and values to the CPU, see ``transformers.Cache`` on offloading.
+
+        Positions stay: the mask of a pass needs them before transformers waits for the layer to be back.
+        """
         self._move("cpu")
 
     def prefetch(self) -> None:
-        """Move what is stored back to where the layer computes."""
+        """Move keys and values back to where the layer computes."""
         self._move(self.device)
 
     def stats(self) -> LayerStats:
@@ -269,8 +275,6 @@ class KnormLayer(CacheLayerMixin):
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
             self.keys, self.values = (tape.to(device) for tape in self._tapes)
-            if self._slots.length:
-                self._slots.to(device)
 
     def _count(self, new: Sequence[int]) -> None:
         self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]
@@ -308,3 +312,22 @@ class KnormLayer(CacheLayerMixin):
             return positions >= 0 if self.holes else None
         real = self.log.real.to(positions.device)[:, None, : self.seen].expand(-1, positions.shape[1], -1)
         return real.gather(-1, positions.clamp(min=0).long()) & (positions >= 0)
+
+
+def layer_stats(layer: Any) -> LayerStats:
+    """What ``layer``, one of transformers' own or a KnormLayer, has seen, stored and dropped."""
+    if isinstance(layer, KnormLayer):
+        return layer.stats()
+    seen = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else 0
+    stored = layer.keys.shape[2] if seen and layer.keys is not None else 0
+    tensors = [tensor for tensor in _tensors(vars(layer)) if tensor.numel() > 1]
+    nbytes = sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return LayerStats(seen, stored, seen - stored, nbytes)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)

@@ -31,6 +31,7 @@ __all__ = [
     "dense_mask",
     "flex_mask",
     "full_past",
+    "is_attention",
     "is_causal",
     "layer_mask",
     "real_tokens",
@@ -203,7 +204,7 @@ class MaskHooks:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
-        modules = [module for module in model.modules() if _is_attention(module)]
+        modules = [module for module in model.modules() if is_attention(module)]
         self.layers = {module.layer_idx for module in modules}
         self._modules = weakref.WeakSet(modules)
         handles = [module.register_forward_pre_hook(_Hook(self.model, module), with_kwargs=True) for module in modules]
@@ -247,7 +248,8 @@ class _Hook:
         return args, {**kwargs, "attention_mask": own}
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """Whether ``module`` is the attention of one numbered layer, and can be handed a mask."""
     if not isinstance(getattr(module, "layer_idx", None), int) or "Attention" not in type(module).__name__:
         return False
     return "attention_mask" in inspect.signature(type(module).forward).parameters

@@ -3,7 +3,7 @@
 A method is a callable that takes the model and returns a context manager yielding a function that makes a fresh cache.
 Other packages add theirs under the entry point group ``knormpress.methods``; a method that is not packaged is named as
 ``module:object``. Both name a *factory*: called with the ``KnormPress`` under test, for its ``keep_ratio`` and the rest
-of the policy, it returns the method.
+of the policy, it returns the method. Where a press of the kvpress library is named or returned, it is made a method.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from knormpress.cache import Score, pruned_generation
 from knormpress.errors import KnormError
+from knormpress.kvpress_adapter import KvpressMethod, is_kvpress
 from knormpress.metrics import Method
 from knormpress.press import KnormPress
 from knormpress.pruning import key_norms
@@ -133,19 +134,24 @@ def make_method(name: str, press: KnormPress) -> Method:
     """The method called ``name``, under the policy ``press``.
 
     Args:
-        name: one of ``method_names()``, or ``module:object`` for a factory of your own.
+        name: one of ``method_names()``; or ``module:object`` for a factory of your own, or for a press of kvpress,
+            such as ``kvpress:ExpectedAttentionPress``.
         press: the policy; a method that prunes by other rules takes from it what it can use.
 
     Raises:
         KnormError: there is no such method, or what was found under the name is not a factory of methods.
     """
-    factory = _BUILT_IN.get(name) or _added_by_package(name) or _from_module(name)
-    method = factory(press) if callable(factory) else None
+    found = _BUILT_IN.get(name) or _added_by_package(name) or _from_module(name)
+    method: Any = found
+    if not is_kvpress(found):
+        method = found(press) if callable(found) else None
+    if is_kvpress(method):
+        return KvpressMethod.of(method, press)
     if not callable(method):
         raise KnormError(
             f"{name!r} does not give a method; wanted a callable that takes a KnormPress and returns a method"
         )
-    return method
+    return cast(Method, method)
 
 
 def _added_by_package(name: str) -> MethodFactory | None:
@@ -158,12 +164,17 @@ def _added_by_package(name: str) -> MethodFactory | None:
     return None
 
 
-def _from_module(name: str) -> MethodFactory:
+def _from_module(name: str) -> Any:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise KnormError(f"there is no method {name!r}; wanted one of {', '.join(method_names())}, or module:object")
+    hint = "is its folder on PYTHONPATH?"
+    if module_name.partition(".")[0] == "kvpress":
+        # 0.5.5 wants transformers below 5.3, but works with later ones.
+        hint = "install what is missing; pip install --no-deps kvpress, where its pin of transformers is in the way"
     try:
-        factory: MethodFactory = getattr(import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise KnormError(f"method {name!r} can't be loaded: {error}; is its folder on PYTHONPATH?") from error
-    return factory
+        return getattr(import_module(module_name), attribute)
+    # Whatever somebody else's module raises when it is imported.
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise KnormError(f"method {name!r} can't be loaded: {reason}; {hint}") from error

@@ -96,6 +96,11 @@ class KnormPress:
         skipped = {layer % layers for layer in self.skip_layers}
         return tuple(1.0 if layer in skipped else self.keep_ratio for layer in range(layers))
 
+    @property
+    def drops(self) -> bool:
+        """Whether any layer keeps less than all, as far as that can be told without a model."""
+        return min(self.layer_keep_ratios or (self.keep_ratio,)) < 1.0
+
     def as_dict(self) -> dict[str, Any]:
         """The policy as JSON-ready values, the inverse of ``KnormPress(**values)``."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The pytest front door: options, and fixtures that give a test a model, a device, a method, and measurements of them.
+"""The pytest front door: options, fixtures that measure, and the comparison of a run with the stored ones.
 
 Installed with the package (entry point ``pytest11``), so it works in any repository. It imports neither torch nor
 transformers before a test asks for a fixture that needs them.
@@ -7,7 +7,10 @@ transformers before a test asks for a fixture that needs them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,23 +20,27 @@ from knormpress.press import KnormPress
 
 if TYPE_CHECKING:
     from knormpress.bench import Bench
-    from knormpress.changes import Change
+    from knormpress.history import History
     from knormpress.metrics import Method
-    from knormpress.records import Latency
+    from knormpress.records import Entry, Latency, Memory
+    from knormpress.testing import Measured, Scored
+    from knormpress.verdicts import Verdict
 
 __all__ = [
     "knorm_bench",
+    "knorm_gate",
     "knorm_latency",
+    "knorm_memory",
     "knorm_method",
-    "knorm_ppl_change",
     "knorm_ppl_tolerance",
+    "knorm_quality",
 ]
 
 _DEVICES = "cpu,cuda,mps,xpu"
 
 _OPTIONS = {
     "model": ("", "hub id or folder of the model under test; the default model unless given"),
-    "device": ("", f"comma-separated devices that must be there; unless given, those of {_DEVICES} that are"),
+    "device": ("", f"comma-separated devices that must be there, or auto; unless given, those of {_DEVICES} that are"),
     "keep-ratios": ("1.0,0.9,0.8,0.7", "comma-separated keep ratios of tests that take knorm_press"),
     "prune-after": ("512", "tokens a layer sees before it is pruned for the first time"),
     "skip-layers": ("0", "comma-separated layers that are never pruned; none for no layer"),
@@ -41,6 +48,14 @@ _OPTIONS = {
     "samples": ("16", "documents that quality is measured on"),
     "ppl-tolerance": ("5", "change of perplexity in % that a quality gate lets pass, either way"),
     "method": ("knorm", "the method under test: a name, or module:object"),
+    "precision": ("3", "half width in % of the timings' intervals at which rounds end"),
+    "seconds": ("20", "time after which a test's rounds end, however wide the intervals are"),
+    "thresholds": ("", "losses in % that --knorm-compare allows, such as tpot=5,bytes=0.5"),
+}
+
+_FLAGS = {
+    "save": "store what the tests measured in pytest-benchmark's storage",
+    "compare": "--knorm-save, and fail a test that is worse than in the nearest ancestor commit that has data",
 }
 
 
@@ -48,8 +63,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the ``--knorm-*`` options; each is also an ini setting of the same name with underscores."""
     group = parser.getgroup("knormpress", "KV-cache methods: speed, memory and quality")
     for name, (default, text) in _OPTIONS.items():
-        group.addoption(f"--knorm-{name}", metavar="VALUE", help=f"{text} [{default or 'unset'}]")
+        # argparse formats the help of options, so that a % must be doubled there; pytest does not that of settings.
+        help_text = f"{text} [{default or 'unset'}]".replace("%", "%%")
+        group.addoption(f"--knorm-{name}", metavar="VALUE", help=help_text)
         parser.addini(f"knorm_{name.replace('-', '_')}", help=text, default=default)
+    for name, text in _FLAGS.items():
+        group.addoption(f"--knorm-{name}", action="store_true", default=None, help=text)
+        parser.addini(f"knorm_{name}", help=text, type="bool", default=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker, and read what is stored before anything is measured."""
+    config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
+    if _flag(config, "save") or _flag(config, "compare"):
+        config.stash[_RUN] = _told(lambda: _Run.begin(config))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse, in one line and before anything is collected, what the command line asks for and can't have."""
+    if session.config.getoption("--knorm-device") is not None:
+        _devices(session.config)
+    _told(lambda: _presses(session.config))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,13 +112,29 @@ def knorm_method(knorm_press: KnormPress, request: pytest.FixtureRequest) -> Met
 @pytest.fixture(scope="session")
 def knorm_ppl_tolerance(request: pytest.FixtureRequest) -> float:
     """Change of perplexity in % that passes, either way."""
-    tolerance: float = _told(lambda: _number("ppl-tolerance", _setting(request.config, "ppl-tolerance"), float))
+    tolerance: float = _number(request.config, "ppl-tolerance", float)
     return tolerance
 
 
 @pytest.fixture
-def knorm_latency(benchmark: Any, knorm_bench: Bench) -> Callable[..., Latency]:
-    """Time a method's generations in turn with the full cache's; pytest-benchmark's table and JSON get both."""
+def _knorm_measured(knorm_bench: Bench, request: pytest.FixtureRequest) -> Measured:
+    from knormpress.testing import Measured
+
+    run = request.config.stash.get(_RUN, None)
+    measured = request.node.stash[_MEASURED] = Measured(knorm_bench, request.node.nodeid, run.name if run else "")
+    return measured
+
+
+@pytest.fixture
+def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.FixtureRequest) -> Callable[..., Latency]:
+    """Time a method's generations in turn with the full cache's; pytest-benchmark's table and JSON show them.
+
+    Called as ``knorm_latency(method, prompt_tokens=1024, new_tokens=32, rounds=5, prefill_chunk=None)``; from
+    ``rounds`` pairs on it goes on until ``--knorm-precision`` or ``--knorm-seconds`` is reached.
+    """
+    from knormpress.testing import Patience
+
+    patience = Patience(*(_number(request.config, name, float) for name in ("precision", "seconds")))
 
     def measure(
         method: Method,
@@ -94,35 +144,206 @@ def knorm_latency(benchmark: Any, knorm_bench: Bench) -> Callable[..., Latency]:
         rounds: int = 5,
         prefill_chunk: int | None = None,
     ) -> Latency:
-        from knormpress.testing import benchmarked_latency
-
-        return benchmarked_latency(
-            knorm_bench,
-            benchmark,
+        return _knorm_measured.latency(
             method,
+            benchmark,
+            patience,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
             prefill_chunk=prefill_chunk,
         )
 
+    request.node.stash[_BENCHMARK] = benchmark
+    return measure
+
+
+@pytest.fixture
+def knorm_memory(_knorm_measured: Measured) -> Callable[..., Memory]:
+    """Measure the bytes of a method's cache and of the full one, each in a pass of its own.
+
+    Called as ``knorm_memory(method, prompt_tokens=1024, prefill_chunk=None)``.
+    """
+
+    def measure(method: Method, *, prompt_tokens: int = 1024, prefill_chunk: int | None = None) -> Memory:
+        return _knorm_measured.memory(method, prompt_tokens=prompt_tokens, prefill_chunk=prefill_chunk)
+
     return measure
 
 
 @pytest.fixture(scope="session")
-def knorm_ppl_change(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[Change]]:
-    """Score documents through methods' caches: the change of perplexity of each against the full cache, in %."""
+def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[Scored]]:
+    """Score documents through the caches of several methods, which share each document's prefill.
 
-    def measure(methods: Sequence[Method], *, context: int = 1024, scored: int = 256) -> list[Change]:
-        from knormpress.bench import quality
-        from knormpress.changes import ppl_change
+    Called as ``knorm_quality([method, ...], context=1024, scored=256)``; what it returns goes to ``knorm_gate``.
+    """
 
-        samples = _told(lambda: _number("samples", _setting(request.config, "samples"), int))
-        texts = knorm_bench.documents(length=context + scored + 1, count=samples)
-        found = quality(knorm_bench, texts, methods, context=context, prefill_chunk=None)
-        return [ppl_change(each.documents) for each in found]
+    def measure(methods: Sequence[Method], *, context: int = 1024, scored: int = 256) -> list[Scored]:
+        from knormpress.testing import score
+
+        samples = _number(request.config, "samples", int)
+        return score(knorm_bench, methods, context=context, scored=scored, samples=samples)
 
     return measure
+
+
+@pytest.fixture
+def knorm_gate(
+    _knorm_measured: Measured, knorm_quality: Callable[..., list[Scored]], knorm_ppl_tolerance: float
+) -> Callable[..., None]:
+    """Let the test pass only if a method's change of perplexity stays within ``--knorm-ppl-tolerance``.
+
+    Called as ``knorm_gate(method, context=1024, scored=256)``, or with what ``knorm_quality`` found. The whole 95 %
+    interval decides: where it crosses the limit the test is reported as an expected failure that says how many more
+    documents it would take, never as passed.
+    """
+
+    def decide(method: Method | Scored, **lengths: int) -> None:
+        from knormpress.testing import Scored, gated
+
+        found = method if isinstance(method, Scored) else knorm_quality([method], **lengths)[0]
+        _knorm_measured.quality(found)
+        verdict, measured = gated(found, knorm_ppl_tolerance)
+        if verdict == "inconclusive":
+            pytest.xfail(f"inconclusive: {measured}")
+        if verdict == "fail":
+            pytest.fail(measured, pytrace=False)
+
+    return decide
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Store what the test measured, and fail it if that is worse than its baseline."""
+    try:
+        result = yield
+    except pytest.xfail.Exception:  # an inconclusive gate can still be compared with its history
+        _finish(item, passed=True)
+        raise
+    except BaseException:
+        _finish(item, passed=False)
+        raise
+    _finish(item, passed=True)
+    return result
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Note what was left out on purpose: it has not vanished."""
+    for item in items:
+        run = item.config.stash.get(_RUN, None)
+        if run is not None:
+            run.deselected.add(item.nodeid)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note what is there."""
+    run = session.config.stash.get(_RUN, None)
+    if run is not None:
+        run.collected |= {item.nodeid for item in session.items}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what became of every test's figures."""
+    run = terminalreporter.config.stash.get(_RUN, None)
+    if run is None or not run.compares:
+        return
+    from knormpress.commits import is_dirty
+    from knormpress.verdict_table import verdict_lines
+
+    verdicts = [*run.verdicts, *run.vanished(terminalreporter.config)]
+    if verdicts:
+        terminalreporter.section("knormpress: against the stored runs")
+        dirty = ["the tree has uncommitted changes: this run will not become a baseline"] if is_dirty() else []
+        for line in (*run.history.notes, *dirty, *verdict_lines(verdicts)):
+            terminalreporter.write_line(line)
+
+
+@dataclass
+class _Run:
+    """One session that stores: where, under what name, and what was there before it."""
+
+    name: str
+    storage: Path
+    history: History
+    compares: bool
+    thresholds: dict[str, float]
+    verdicts: list[Verdict] = field(default_factory=list)
+    collected: set[str] = field(default_factory=set)
+    deselected: set[str] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, config: pytest.Config) -> _Run:
+        from knormpress.history import History
+        from knormpress.verdicts import read_thresholds
+
+        kind, separator, place = str(config.getoption("benchmark_storage", "file://./.benchmarks")).partition("://")
+        storage = Path(place if separator else kind)
+        if separator and kind != "file":
+            raise KnormError(f"--benchmark-storage is a {kind}; entries are stored in a folder: give file://FOLDER")
+        compares = _flag(config, "compare")
+        history = History.read(storage) if compares else History(())
+        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(_setting(config, "thresholds")))
+
+    def finish(self, item: pytest.Item, entry: Entry) -> tuple[Entry, str]:
+        """Judge ``entry`` and store it with the words found; returns it, and what the test is to fail with."""
+        from knormpress.history import store
+
+        fault = ""
+        if self.compares:
+            own = {k: float(v) for mark in item.iter_markers("knorm_thresholds") for k, v in mark.kwargs.items()}
+            try:
+                verdict = self.history.verdict([entry], {**self.thresholds, **own})
+            except KnormError as error:
+                fault = str(error)
+            else:
+                self.verdicts.append(verdict)
+                words = {finding.metric: finding.word for finding in verdict.findings}
+                entry = entry.model_copy(update={"verdicts": words})
+                fault = f"regressed: {verdict.reason}" if verdict.word == "regressed" else ""
+        store(self.storage, entry)
+        return entry, fault
+
+    def vanished(self, config: pytest.Config) -> list[Verdict]:
+        """Tests of the last stored run that the paths of the command line cover and that are not there any more."""
+        if not self.collected:
+            return []
+        folders = [argument.partition("::")[0].removeprefix("./").rstrip("/") for argument in config.args]
+        paths = [_from_root(config, folder) for folder in folders if "::" not in folder]
+
+        def expected(test: str) -> bool:
+            path = Path(test.partition("::")[0])
+            return test not in self.deselected and any(place in (path, *path.parents) for place in paths)
+
+        return self.history.vanished(self.name, sorted(self.collected), expected)
+
+
+_RUN = pytest.StashKey[_Run]()
+_MEASURED = pytest.StashKey["Measured"]()
+_BENCHMARK = pytest.StashKey[Any]()
+
+
+def _finish(item: pytest.Item, *, passed: bool) -> None:
+    measured = item.stash.get(_MEASURED, None)
+    entry = None if measured is None else measured.entry(passed=passed)
+    if entry is None:
+        return
+    run = item.config.stash.get(_RUN, None)
+    fault = ""
+    if run is not None:
+        entry, fault = run.finish(item, entry)
+    benchmark = item.stash.get(_BENCHMARK, None)
+    if benchmark is not None:
+        benchmark.extra_info["knormpress"] = entry.model_dump(mode="json")
+    if passed and fault:
+        pytest.fail(fault, pytrace=False)
+
+
+def _from_root(config: pytest.Config, folder: str) -> Path:
+    path = (config.invocation_params.dir / folder).resolve()
+    try:
+        return path.relative_to(config.rootpath)
+    except ValueError:
+        return path
 
 
 @functools.cache
@@ -139,31 +360,40 @@ def _setting(config: pytest.Config, name: str) -> str:
     return str(config.getini(f"knorm_{name.replace('-', '_')}") if given is None else given)
 
 
+def _flag(config: pytest.Config, name: str) -> bool:
+    return bool(config.getoption(f"--knorm-{name}") or config.getini(f"knorm_{name}"))
+
+
 def _devices(config: pytest.Config) -> list[Any]:
-    from knormpress.devices import usable
+    from knormpress.devices import resolve, usable
 
     asked = _setting(config, "device")
+    if asked:
+        # Where a device is asked for and missing, nothing is skipped: a run in which all is skipped looks like success.
+        return [str(_told(functools.partial(resolve, device.strip()))) for device in asked.split(",")]
     found = []
-    for device in (asked or _DEVICES).split(","):
-        reason = usable(device.strip())
-        if reason is not None and asked:
-            raise pytest.UsageError(f"--knorm-device {device}: {reason}")
-        marks = [pytest.mark.skip(reason=f"{device}: {reason}")] if reason is not None else []
-        found.append(pytest.param(device.strip(), marks=marks))
+    for device in _DEVICES.split(","):
+        reason = usable(device)
+        marks = [] if reason is None else [pytest.mark.skip(reason=f"{device}: {reason}")]
+        found.append(pytest.param(device, marks=marks))
     return found
 
 
 def _presses(config: pytest.Config) -> list[KnormPress]:
     skipped = _setting(config, "skip-layers")
-    layers = [] if skipped in ("", "none") else [_number("skip-layers", part, int) for part in skipped.split(",")]
-    prune_after = _number("prune-after", _setting(config, "prune-after"), int)
+    layers = [] if skipped in ("", "none") else [_parsed("skip-layers", part, int) for part in skipped.split(",")]
+    prune_after = _parsed("prune-after", _setting(config, "prune-after"), int)
     return [
-        KnormPress(_number("keep-ratios", part, float), prune_after=prune_after, skip_layers=tuple(layers))
+        KnormPress(_parsed("keep-ratios", part, float), prune_after=prune_after, skip_layers=tuple(layers))
         for part in _setting(config, "keep-ratios").split(",")
     ]
 
 
-def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
+def _number(config: pytest.Config, name: str, kind: Callable[[str], Any]) -> Any:
+    return _told(lambda: _parsed(name, _setting(config, name), kind))
+
+
+def _parsed(name: str, text: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text)
     except ValueError:

@@ -21,6 +21,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Conditions",
     "DocumentScore",
+    "Entry",
     "Environment",
     "Latency",
     "Memory",
@@ -32,10 +33,11 @@ __all__ = [
     "Run",
     "TextInfo",
     "append_record",
+    "parse_entry",
     "read_records",
 ]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 class _Strict(BaseModel):
@@ -110,10 +112,16 @@ class Run(_Strict):
 
 
 class Latency(_Strict):
-    """Generations of baseline and candidate, measured in turn: ``baseline[i]`` and ``candidate[i]`` are a pair."""
+    """Generations of baseline and candidate, measured in turn: ``baseline[i]`` and ``candidate[i]`` are a pair.
+
+    ``stopped`` says why there are no more pairs, and ``calibration_s`` how long a fixed work took before and after, see
+    ``metrics.latency.TimedPairs``.
+    """
 
     baseline: tuple[Run, ...]
     candidate: tuple[Run, ...]
+    stopped: Literal["precise", "time", "rounds"]
+    calibration_s: tuple[float, float]
     ttft_cold_s: float | None = Field(description="the first call of the process; None in every later cell")
 
 
@@ -153,7 +161,7 @@ class Quality(_Strict):
 class Record(_Strict):
     """One finished cell of a sweep: a method under one policy against the full cache, in one process."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     created: str
     environment: Environment
     model: ModelInfo
@@ -165,7 +173,35 @@ class Record(_Strict):
     quality: Quality
 
 
-def append_record(path: Path, record: Record) -> None:
+class Entry(_Strict):
+    """What one test measured in one run of pytest, for the comparison with later runs.
+
+    Args:
+        run: names the session, the same for all its tests.
+        test: the test's node id.
+        method: what the method is, as text that is equal for equal methods.
+        conditions: prompt and scored tokens and the like, by name; those of an earlier entry must be equal.
+        verdicts: metric to verdict, as it was found in that run; empty where nothing was compared.
+        passed: whether the test passed.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
+    run: str
+    test: str
+    created: str
+    environment: Environment
+    model: ModelInfo
+    text: TextInfo
+    method: str
+    conditions: dict[str, int | None]
+    latency: Latency | None = None
+    memory: Memory | None = None
+    quality: Quality | None = None
+    verdicts: dict[str, str] = {}
+    passed: bool
+
+
+def append_record(path: Path, record: Record | Entry) -> None:
     """Add ``record`` as one line to the JSON Lines file ``path``.
 
     The new file is written beside the old one and renamed over it, so that a kill at any moment leaves either of the
@@ -225,6 +261,21 @@ def read_records(path: Path) -> Iterator[Record]:
                 f"{path} line {number} is not a whole record of schema version {SCHEMA_VERSION} ({_fault(error)}); "
                 "mend or remove that line, or start over with --fresh"
             ) from error
+
+
+def parse_entry(text: str, where: str) -> Entry:
+    """The entry that the JSON ``text`` holds.
+
+    Raises:
+        KnormError: it is not a whole entry of this schema version; ``where`` it stands is told.
+    """
+    try:
+        return Entry.model_validate_json(text)
+    except ValidationError as error:
+        raise KnormError(
+            f"{where} is not a whole entry of schema version {SCHEMA_VERSION} ({_fault(error)}); "
+            "mend it, or move that file away"
+        ) from error
 
 
 def _fault(error: ValidationError) -> str:

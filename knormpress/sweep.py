@@ -8,7 +8,7 @@ are not committed are not seen: use ``fresh`` after them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import count
@@ -49,7 +49,9 @@ class SweepSettings:
         prompt_tokens: prompt lengths (>= 1), of the timed generations and of the context of scored tokens alike.
         new_tokens: tokens (>= 2) of a timed generation.
         scored_tokens: tokens (>= 1) scored behind each document's context.
-        rounds: timed pairs (>= 1) of each cell.
+        rounds: timed pairs (>= 1) of each cell at least.
+        precision: half width in % (> 0) of the timings' intervals at which no more pairs are timed.
+        seconds: beyond ``rounds``, time (>= 0) after which no more pairs are begun.
         prefill_chunk: tokens (>= 1) of a prompt that a forward pass takes at most; None sends it whole.
         model, dtype: see ``models.load_model``.
         corpus: see ``corpora.load_corpus``.
@@ -66,6 +68,8 @@ class SweepSettings:
     new_tokens: int = 32
     scored_tokens: int = 256
     rounds: int = 5
+    precision: float = 3.0
+    seconds: float = 20.0
     prefill_chunk: int | None = None
     model: str | None = None
     dtype: str = "float32"
@@ -89,9 +93,12 @@ class SweepSettings:
         ):
             if value is not None and value < least:
                 raise KnormError(f"{name} is {value}; wanted at least {least}")
+        for name, number in (("precision", self.precision), ("seconds", self.seconds)):
+            if not number >= 0:
+                raise KnormError(f"{name} is {number}; wanted a number of at least 0")
         for press in self.presses:
             make_method(self.method, press)
-            if _drops(press) and shortest < press.prune_after:
+            if press.drops and shortest < press.prune_after:
                 raise KnormError(
                     f"a prompt of {shortest} tokens is too short to be pruned: pruning begins at prune_after "
                     f"{press.prune_after}; use longer prompts or a smaller prune_after"
@@ -120,7 +127,8 @@ def run(
     progress = progress or Progress()
     _make_folder(path.parent)
     held = {} if fresh or not path.exists() else {_key(record): record for record in read_records(path)}
-    devices = [resolve(device) for device in settings.devices]
+    # "cpu" and "cpu:0" are one device.
+    devices = {(device.type, device.index or 0): device for device in map(resolve, settings.devices)}.values()
     corpus = load_corpus(settings.corpus)
     if corpus.notice:
         progress.say(corpus.notice)
@@ -168,7 +176,8 @@ def _measure(
             yield held[_key_of(**known)]
             continue
         method = make_method(settings.method, press)
-        _refuse_unpruned(settings.method, press, qualities[press])
+        if press.drops:
+            benches.refuse_unpruned(f"method {settings.method!r} at keep ratio {press.keep_ratio}", qualities[press])
         steps.begin(f"memory, keep ratio {press.keep_ratio}")
         memory = benches.memory(bench, prompt, method, prefill_chunk=chunk, after_run=steps.tick)
         steps.begin(f"timing, keep ratio {press.keep_ratio}")
@@ -178,9 +187,11 @@ def _measure(
             method,
             new_tokens=settings.new_tokens,
             rounds=settings.rounds,
+            precision=settings.precision,
+            seconds=settings.seconds,
             prefill_chunk=chunk,
             cold_s=cold_s,
-            after_run=steps.tick,
+            after_run=steps.tick_at_most(steps.runs),
         )
         cold_s = None
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -219,25 +230,13 @@ def _key_of(environment: Environment, model: ModelInfo, text: TextInfo, policy: 
     return clean, model.fingerprint, model.dtype, text.sha256, policy, conditions
 
 
-def _drops(press: KnormPress) -> bool:
-    return min(press.layer_keep_ratios or (press.keep_ratio,)) < 1.0
-
-
 def _check_presses(settings: SweepSettings, bench: Bench) -> None:
     for press in settings.presses:
-        if _drops(press) and min(press.ratios(bench.layers)) == 1.0:
+        if press.drops and min(press.ratios(bench.layers)) == 1.0:
             raise KnormError(
                 f"skip_layers {press.skip_layers} names every layer of {bench.model_info.name}, so that nothing would "
                 "be pruned; skip fewer"
             )
-
-
-def _refuse_unpruned(name: str, press: KnormPress, quality: Quality) -> None:
-    if _drops(press) and all(document.kl == 0.0 for document in quality.documents):
-        raise KnormError(
-            f"method {name!r} at keep ratio {press.keep_ratio} predicts exactly what the full cache does, so it has "
-            "never pruned; see that it prunes within the prompt"
-        )
 
 
 def _make_folder(folder: Path) -> None:
@@ -261,7 +260,8 @@ class _Steps:
 
     def __init__(self, settings: SweepSettings, progress: Progress) -> None:
         self.progress = progress
-        self.per_cell = 2 * (settings.rounds + 1) + 2
+        self.runs = 2 * (settings.rounds + 1)
+        self.per_cell = self.runs + 2
         self.documents = settings.samples
         self.cells = len(settings.presses)
         lengths = len(settings.devices) * len(settings.prompt_tokens)
@@ -276,6 +276,16 @@ class _Steps:
     def tick(self) -> None:
         self.done += 1
         self.progress.step(self.done, self.total, self.doing)
+
+    def tick_at_most(self, times: int) -> Callable[[], None]:
+        """A ``tick`` that counts so often and no more: how many pairs it takes is not known beforehand."""
+        left = iter(range(times))
+
+        def tick() -> None:
+            if next(left, None) is not None:
+                self.tick()
+
+        return tick
 
     def leave_out(self, cells: int) -> None:
         """Take off the total what ``cells`` of one prompt length, measured already, would have cost."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knormpress.compare import Change, Row, Speed, Verdict, group_rows, judge_claims, judge_targets
+from knormpress.verdicts import speed_moved
 
 __all__ = ["WIDTH", "print_tables", "render"]
 
@@ -21,6 +22,7 @@ WIDTH = 80
 """Columns that everything here fits into."""
 
 _ENOUGH_PAIRS = 6
+_ENOUGH_DOCUMENTS = 10
 
 
 def print_tables(rows: Iterable[Row], console: Console | None = None) -> None:
@@ -85,12 +87,21 @@ def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Ta
 
 
 def _changes(rows: Sequence[Row]) -> Table:
-    few = f"With fewer than {_ENOUGH_PAIRS} pairs a timing's interval holds the truth less often than in 95 %."
+    few = []
+    if any(row.pairs < _ENOUGH_PAIRS for row in rows):
+        few.append(
+            f"With fewer than {_ENOUGH_PAIRS} pairs a timing's interval holds the truth less often than in 95 %."
+        )
+    if any(row.record.conditions.samples < _ENOUGH_DOCUMENTS for row in rows):
+        few.append(f"With fewer than {_ENOUGH_DOCUMENTS} samples PPL's interval does so too.")
+    moved = [moved for row in rows if (moved := speed_moved(row.record.latency)) is not None]
+    if moved:
+        few.append(f"The machine's speed moved by up to {max(map(abs, moved)):.0f} % while a ratio was timed.")
     names = ("TTFT", "throughput", "TPOT", "PPL")
     table = _table(
         "Change against the full cache, 95 % interval beneath",
         ("keep\nratio", "compr.\n%", *(f"{name}\nchange" for name in names), "cache\nMB"),
-        few if any(row.pairs < _ENOUGH_PAIRS for row in rows) else None,
+        " ".join(few) or None,
     )
     for row in rows:
         changes = [_two_lines(change) for change in (row.ttft, row.throughput, row.tpot, row.ppl)]

@@ -116,6 +116,8 @@ def make_record(
         latency=Latency(
             baseline=tuple(run(round_, 1.0, 1.0) for round_ in range(rounds)),
             candidate=tuple(run(round_, 1.0 + ttft / 100, 1.0 + tpot / 100) for round_ in range(rounds)),
+            stopped="rounds",
+            calibration_s=(0.01, 0.01),
             ttft_cold_s=ttft_cold_s,
         ),
         memory=Memory(

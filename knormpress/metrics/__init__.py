@@ -5,7 +5,7 @@ that makes a fresh cache (``with method(model) as new_cache``).
 """
 
 from knormpress.metrics.forward import Method, prefill
-from knormpress.metrics.latency import Timing, time_generation, time_in_turn
+from knormpress.metrics.latency import Repeat, TimedPairs, Timing, time_generation, time_in_turn, until_enough
 from knormpress.metrics.memory import MemoryUse, cache_bytes, measure_memory
 from knormpress.metrics.quality import DocumentQuality, Score, score_document
 
@@ -13,7 +13,9 @@ __all__ = [
     "DocumentQuality",
     "MemoryUse",
     "Method",
+    "Repeat",
     "Score",
+    "TimedPairs",
     "Timing",
     "cache_bytes",
     "measure_memory",
@@ -21,4 +23,5 @@ __all__ = [
     "score_document",
     "time_generation",
     "time_in_turn",
+    "until_enough",
 ]

@@ -131,9 +131,7 @@ def _tokens_held(cache: Cache) -> list[int]:
 def _refuse_unpruned(method: Method, cache: Cache, full: list[int], context: int) -> None:
     """A method that says it prunes, by a ``press``, is not scored while it holds all that the full cache holds."""
     press = getattr(method, "press", method)
-    if not isinstance(press, KnormPress) or _tokens_held(cache) != full:
-        return
-    if min(press.layer_keep_ratios or (press.keep_ratio,)) == 1.0:
+    if not isinstance(press, KnormPress) or not press.drops or _tokens_held(cache) != full:
         return
     raise KnormError(
         f"text too short to be pruned: none of {context} tokens was dropped at keep_ratio {press.keep_ratio}, "

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 from matplotlib.ticker import MaxNLocator
 
-from knormpress.changes import Change
 from knormpress.compare import Row
+from knormpress.intervals import Change
 from knormpress.plots.style import (
     BLUE,
     GREEN,

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from knormpress.changes import Change
 from knormpress.compare import Row
+from knormpress.intervals import Change
 from knormpress.plots.style import (
     GREY,
     HALO,

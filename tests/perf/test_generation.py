@@ -1,29 +1,27 @@
 """Time and bytes of a generation, for every device and keep ratio, against the full cache in the same run.
 
-Nothing here gates an absolute time: the figures go to pytest-benchmark's table and storage, for comparison.
+Nothing here gates an absolute time: the figures go to pytest-benchmark's table, and are compared with earlier runs.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from knormpress.bench import memory
 from knormpress.press import share
 
 PROMPT_TOKENS = 1024
+NEW_TOKENS = 32
 
 
-@pytest.mark.benchmark(group="generation of 32 tokens after 1024")
+@pytest.mark.benchmark(group=f"generation of {NEW_TOKENS} tokens after {PROMPT_TOKENS}")
 def test_generation(knorm_latency, knorm_method):
-    latency = knorm_latency(knorm_method, prompt_tokens=PROMPT_TOKENS, new_tokens=32, rounds=5)
-    assert len(latency.baseline) == len(latency.candidate) == 5
-    assert all(len(run.gaps_s) == 31 for run in (*latency.baseline, *latency.candidate))
+    latency = knorm_latency(knorm_method, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
+    assert len(latency.baseline) == len(latency.candidate) >= 5
+    assert all(len(run.gaps_s) == NEW_TOKENS - 1 for run in (*latency.baseline, *latency.candidate))
 
 
-def test_cache_bytes_are_those_of_the_policy(knorm_bench, knorm_press, knorm_method):
-    """To the byte: keys, values and, where tokens were dropped, the positions of those kept."""
-    (prompt,) = knorm_bench.documents(length=PROMPT_TOKENS, count=1)
-    found = memory(knorm_bench, prompt, knorm_method, prefill_chunk=None)
+def test_cache_bytes_are_those_of_the_policy(knorm_bench, knorm_press, knorm_method, knorm_memory):
+    found = knorm_memory(knorm_method, prompt_tokens=PROMPT_TOKENS)
     config = knorm_bench.model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slot = 2 * head_size * knorm_bench.model.dtype.itemsize

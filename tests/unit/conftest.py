@@ -1,7 +1,51 @@
-"""Unit tests compute on tiny models, which several threads only slow down."""
+"""Unit tests compute on tiny models, which several threads only slow down; the plugin runs in a stranger's folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 
+# pytester forgets what a run imports, and datasets can't be imported twice.
+import knormpress.testing
+import knormpress.verdict_table  # noqa: F401
+from tests.tiny_folder import save_model, save_text
+
 torch.set_num_threads(1)
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    save_text(path / "text.txt", characters=4000)
+    return save_model(path, positions=2048)
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, model_folder: Path) -> Run:
+    """Runs pytest on the test file given, with a tiny model and what else is given as options or settings."""
+
+    def run(source: str, *arguments: str, ini: str = "", how: str = "options", **options: object) -> pytest.RunResult:
+        given = {
+            "model": model_folder,
+            "corpus": model_folder / "text.txt",
+            "device": "cpu",
+            "seconds": 0,
+            "prune_after": 16,
+        }
+        given |= {"samples": 2, "keep_ratios": "0.5"} | options
+        settings, words = [ini], list(arguments)
+        for name, value in given.items():
+            if name in options and how == "ini":
+                settings.append(f"knorm_{name} = {value}")
+            elif value is not None:
+                words.append(f"--knorm-{name.replace('_', '-')}={value}")
+        pytester.makeini("\n".join(["[pytest]", *settings]))
+        pytester.makepyfile(test_it=source)
+        return pytester.runpytest_inprocess("-p", "no:cacheprovider", "-rA", *words)
+
+    return run

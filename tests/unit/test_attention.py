@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-from knormpress import KnormCache, KnormPress
+from knormpress import KnormCache, KnormError, KnormPress
 from tests.oracle import run_masked, run_pruned
 from tests.strategies import VOCABULARY, tiny_model
 
@@ -65,6 +65,40 @@ def test_two_dimensional_masks_equal_masking(flash_model, left):
     real = torch.ones_like(ids, dtype=torch.bool) if padding is None else padding.bool()
     assert (trace.logits - expected)[real].abs().max() < 1e-9
     assert cache.layers[1].holes == (len(left) > 1)
+
+
+def test_a_flash_mask_that_hides_what_was_seen_is_refused(flash_model):
+    """Its columns are those of all heads, which kept different tokens."""
+    ids = tokens(2)[:, :20]
+    mask = torch.tensor([[0] * 4 + [1] * 16, [1] * 20])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, other = KnormCache(flash_model, PRESS), KnormCache(flash_model, PRESS)
+
+    def run(cache, start, end, mask):
+        own = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        with torch.no_grad():
+            return flash_model(ids[:, start:end], past_key_values=cache, **own).logits
+
+    for each in (cache, other):
+        run(each, 0, 16, mask)
+    for row, column in [(0, 9), (1, 0)]:
+        hiding = mask.clone()
+        hiding[row, column] = 0
+        before = cache.stats()
+        with pytest.raises(KnormError, match="the attention mask hides tokens that earlier passes attended to"):
+            run(cache, 16, 20, hiding)
+        assert cache.stats() == before
+    assert torch.equal(run(cache, 16, 20, mask), run(other, 16, 20, mask))
+
+
+def test_a_flash_mask_may_hide_what_was_seen_while_nothing_is_pruned(flash_model):
+    ids, hiding = tokens(1)[:, :20], torch.tensor([[1] * 3 + [0] + [1] * 16])
+    logits = []
+    for cache in (KnormCache(flash_model, KnormPress(1.0)), DynamicCache(config=flash_model.config)):
+        with torch.no_grad():
+            flash_model(ids[:, :16], past_key_values=cache)
+            logits.append(flash_model(ids[:, 16:], attention_mask=hiding, past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="flex attention is compiled, and there is no C++ compiler")

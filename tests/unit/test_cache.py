@@ -291,25 +291,57 @@ def test_long_decode_stays_exact():
     assert_equal_to_masking(model, KnormCache(model, PRESS), ids, [30, *[1] * 120])
 
 
-def test_a_layer_moves_with_all_it_stores():
-    """Offloading itself needs CUDA streams; the moves it makes are here made between two host tensors."""
+def test_a_layer_moves_keys_and_values_and_leaves_positions():
+    """Offloading itself needs CUDA streams; the moves it makes are here made between host and meta tensors."""
     model = tiny_model()
     cache, other = KnormCache(model, PRESS), KnormCache(model, PRESS)
     for each in (cache, other):
         greedy(model, prompt(), each, 3)
-    for layer in cache.layers:
-        tapes = [tape for tape in (*layer._tapes, layer._slots) if tape.length]
+    for layer, source in zip(cache.layers, other.layers, strict=True):
         layer.offload()
         layer._move("meta")
-        assert all(tape.view.device.type == "meta" for tape in tapes)
         assert layer.keys.device.type == layer.values.device.type == "meta"
-    for layer, source in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(layer.positions, source.positions)
         tensors, state = copy.deepcopy(source.state())
         layer.restore(tensors, state)
         layer.prefetch()
     assert torch.equal(greedy(model, prompt(1), cache, 8), greedy(model, prompt(1), other, 8))
     with pytest.raises(KnormError, match="offloading is for models on CUDA, this one is on cpu"):
         KnormCache(model, PRESS, offloading=True)
+
+
+def test_the_masks_of_a_pass_need_nothing_that_is_away():
+    """transformers waits for an offloaded layer in ``update``, after the mask of its attention was made."""
+    model = tiny_model()
+    cache, other = KnormCache(model, PRESS), KnormCache(model, PRESS)
+    mask = torch.tensor([[0] * 10 + [1] * 14, [1] * 24])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for each in (cache, other):
+        with torch.no_grad():
+            model(prompt(rows=2), attention_mask=mask, position_ids=positions, past_key_values=each)
+    longer = torch.ones(2, 1, 1, 25, dtype=torch.bool)
+    longer[0, ..., :10] = False
+    for index, (layer, source) in enumerate(zip(cache.layers, other.layers, strict=True)):
+        layer._move("meta")
+        module = model.model.layers[index].self_attn
+        own, expected = (each.mask_for(module, longer, 2, 1)[0] for each in (cache, other))
+        assert own.device.type == "cpu"
+        assert torch.equal(own, expected)
+        for each in (layer, source):
+            each.seen += 1  # what update does next
+
+
+def test_pruning_put_off_finds_offloaded_keys_and_leaves_them_there():
+    model = tiny_model()
+    cache = KnormCache(model, PRESS)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+    layer, moves = cache.layers[1], []
+    move = layer._move
+    layer._move = lambda device: (moves.append((str(device), layer.stored)), move(device))
+    layer.crop(-4)
+    assert moves == [("cpu", 20), ("cpu", 10)]
 
 
 def test_compiled_decoding_equals_eager_decoding():

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(folder: Path) -> list[str]:
     """Options that make a command quick."""
     given = {"model": folder, "corpus": folder / "text.txt", "device": "cpu", "prompt_tokens": 48, "new_tokens": 3}
-    given |= {"rounds": 1, "num_wikitext_samples": 1}
+    given |= {"rounds": 1, "seconds": 0, "num_wikitext_samples": 1}
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knormpress.changes import Change, gate, ppl_change, ratio_change
+from knormpress.changes import documents_to_decide, gate, ppl_change
 from knormpress.compare import Row, Verdict, differences, group_rows, judge_claims, judge_targets, summarize
 from knormpress.errors import KnormError
+from knormpress.intervals import Change, ratio_change, ratio_of_ratios
 from knormpress.records import DocumentScore, Record, Run
 from tests.record_factory import make_record, make_records
 
@@ -401,3 +402,31 @@ def test_comparing_and_drawing_need_no_torch() -> None:
 )
 def test_a_gate_needs_the_whole_interval(low: float | None, high: float | None, verdict: str) -> None:
     assert gate(Change(0.0, low, high), 5.0) == verdict
+
+
+class TestGrowing:
+    def test_how_many_more_documents_would_decide(self) -> None:
+        # Half as wide an interval takes four times the documents.
+        assert documents_to_decide(Change(3.0, -1.0, 7.0), 5.0, 10) == 30
+        assert documents_to_decide(Change(7.0, 3.0, 11.0), 5.0, 10) == 30
+        assert documents_to_decide(Change(-7.0, -11.0, -3.0), 5.0, 10) == 30
+        assert documents_to_decide(Change(-3.0, -7.0, 1.0), 5.0, 10) == 30
+        assert documents_to_decide(Change(5.0, 4.0, 6.0), 5.0, 10) is None
+        assert documents_to_decide(Change(3.0, None, None), 5.0, 1) is None
+
+    @given(st.floats(-20, 20), st.floats(0.1, 20), st.integers(2, 50))
+    def test_so_many_documents_do_decide(self, middle: float, width: float, documents: int) -> None:
+        change = Change(middle, middle - width, middle + width)
+        more = documents_to_decide(change, 5.0, documents)
+        if gate(change, 5.0) != "inconclusive" or more is None:
+            return
+        narrow = width * math.sqrt(documents / (documents + more)) * (1 - 1e-9)
+        assert gate(Change(middle, middle - narrow, middle + narrow), 5.0) != "inconclusive"
+
+    def test_ratios_measured_apart(self) -> None:
+        change = ratio_of_ratios([1.0, 1.02, 0.98, 1.01, 0.99], [1.1, 1.122, 1.078, 1.111, 1.089])
+        assert change.percent == pytest.approx(10.0)
+        low, high = bounds(change)
+        assert 5 < low < 10 < high < 15
+        assert ratio_of_ratios([1.0, 1.1], [1.0, 1.1, 1.2]).low is None
+        assert bounds(ratio_of_ratios([2.0] * 3, [1.0] * 3)) == pytest.approx((-50.0, -50.0))

@@ -163,7 +163,7 @@ class Logged:
 
 def test_runs_alternate_after_a_warm_up_of_both() -> None:
     log: list[str] = []
-    pairs = time_in_turn(tiny_model(), Logged("A", log), Logged("B", log), prompt(), new_tokens=2, rounds=4)
+    pairs = time_in_turn(tiny_model(), Logged("A", log), Logged("B", log), prompt(), new_tokens=2, rounds=4).pairs
     warm_up, rounds = "AB", "ABBAABBA"
     assert log == [f"{what} {name}" for name in warm_up + rounds for what in ("enter", "run", "leave")]
     assert len(pairs) == 4
@@ -171,7 +171,7 @@ def test_runs_alternate_after_a_warm_up_of_both() -> None:
 
 def test_pairs_hold_the_baseline_first_whatever_the_order() -> None:
     slow = Logged("B", [], seconds=PAUSE)
-    pairs = time_in_turn(tiny_model(), Logged("A", []), slow, prompt(), new_tokens=2, rounds=3)
+    pairs = time_in_turn(tiny_model(), Logged("A", []), slow, prompt(), new_tokens=2, rounds=3).pairs
     for baseline, candidate in pairs:
         assert candidate.ttft_s >= PAUSE > baseline.ttft_s
 
@@ -195,7 +195,7 @@ def test_pruning_method_is_timed_on_a_pruned_cache() -> None:
             yield lambda: caches.append(new_cache()) or caches[-1]
 
     method: Method = remembered
-    (_, candidate), *_ = time_in_turn(tiny_model(), FullCache(), method, prompt(), new_tokens=4, rounds=1)
+    ((_, candidate),) = time_in_turn(tiny_model(), FullCache(), method, prompt(), new_tokens=4, rounds=1).pairs
     assert len(candidate.gaps_s) == 3
     assert len({id(cache) for cache in caches}) == 2
     assert caches[-1].stats()[1].evicted == 12
@@ -210,3 +210,36 @@ def test_nothing_to_time_is_refused(tokens: int, new_tokens: int, rounds: int) -
 def test_prefill_chunk_below_one_is_refused() -> None:
     with pytest.raises(KnormError, match="prefill_chunk is 0"):
         time_generation(tiny_model(), prompt(), new_full_cache, new_tokens=1, prefill_chunk=0)
+
+
+def test_pairs_are_added_until_the_interval_is_narrow_or_the_time_is_up() -> None:
+    def timed(**conditions: float) -> latency.TimedPairs:
+        return time_in_turn(tiny_model(), FullCache(), FullCache(), prompt(), new_tokens=3, rounds=4, **conditions)
+
+    assert timed().stopped == "rounds"
+    assert len(timed(precision=1e9).pairs) == 4
+    assert timed(precision=1e9).stopped == "precise"
+    out_of_time = timed(precision=0.0, seconds=0.0)
+    assert (out_of_time.stopped, len(out_of_time.pairs)) == ("time", 4)
+    longer = timed(precision=0.0, seconds=0.5)
+    assert longer.stopped == "time"
+    assert len(longer.pairs) > 4
+    assert all(seconds > 0 for seconds in longer.calibration_s)
+
+
+def test_whoever_repeats_the_candidate_runs_it_and_nothing_else() -> None:
+    log: list[str] = []
+
+    def once(before: Callable[[], None], run: Callable[[], None]) -> None:
+        before()
+        log.append("|")
+        run()
+        log.append("|")
+
+    found = time_in_turn(
+        tiny_model(), Logged("A", log), Logged("B", log), prompt(), new_tokens=2, rounds=3, repeat=once
+    )
+    assert len(found.pairs) == 1
+    start, end = (index for index, event in enumerate(log) if event == "|")
+    assert log[start + 1 : end] == ["enter B", "run B", "leave B"]
+    assert log[end + 1 :] == []

@@ -53,6 +53,19 @@ def test_all_equal_keys_keep_the_oldest():
     assert select(torch.ones(1, 2, 500), [250])[0].tolist() == [list(range(250))] * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keys_made_to_tie_leave_the_older_token(dtype):
+    """Signs do not change a norm, nor its rounding: 40 keys of two lengths, every long one older."""
+    signs = torch.randint(0, 2, (1, 2, 40, 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    lengths = torch.linspace(0.1, 2.3, 16) * torch.tensor([3.0] * 20 + [1.0] * 20)[:, None]
+    keys = (signs * lengths).to(dtype)
+    assert key_norms(keys).unique().numel() == 2
+    assert select(key_norms(keys), [25])[0].tolist() == [[*range(5), *range(20, 40)]] * 2
+    layer = KnormLayer(0, KnormPress(0.25, prune_after=1), 0.25, key_norms, TokenLog())
+    layer.update(keys, keys)
+    assert layer.positions[0].tolist() == [list(range(20, 30))] * 2
+
+
 def test_gather_takes_new_storage():
     states = torch.randn(2, 3, 10, 4)
     slots = torch.tensor([0, 3, 9]).expand(2, 3, 3)

@@ -113,7 +113,7 @@ def test_a_file_cut_in_half_is_named_and_left_as_it_is(path: Path) -> None:
 
 def test_whole_records_before_the_cut_are_given_first(path: Path) -> None:
     append_record(path, make_record(0.9))
-    path.write_bytes(path.read_bytes() + b'{"schema_version":1,')
+    path.write_bytes(path.read_bytes() + b'{"schema_version":2,')
     records = read_records(path)
     assert next(records).policy.keep_ratio == 0.9
     with pytest.raises(KnormError, match="line 2"):
@@ -144,7 +144,7 @@ def test_a_cut_line_does_not_swallow_the_record_appended_after_it(path: Path) ->
 def test_a_foreign_file_is_refused_in_one_line(path: Path, text: str, named: str) -> None:
     path.parent.mkdir()
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(KnormError, match=f"line 1 is not a whole record of schema version 1 .{named}") as caught:
+    with pytest.raises(KnormError, match=f"line 1 is not a whole record of schema version 2 .{named}") as caught:
         list(read_records(path))
     assert "\n" not in str(caught.value)
 
@@ -160,7 +160,7 @@ def test_another_schema_version_is_named(path: Path) -> None:
     path.parent.mkdir()
     fields = as_json(make_record()) | {"schema_version": SCHEMA_VERSION + 1, "new_field": 1}
     path.write_text(json.dumps(fields), encoding="utf-8")
-    with pytest.raises(KnormError, match="its schema_version is 2"):
+    with pytest.raises(KnormError, match="its schema_version is 3"):
         list(read_records(path))
 
 

@@ -1,0 +1,58 @@
+"""Verdicts as text for a terminal, and as Markdown for the summary of a CI job."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from knormpress.verdicts import Verdict, worst
+
+__all__ = ["verdict_lines", "verdict_markdown"]
+
+_WIDTH = 80
+_INDENT = " " * 13
+
+
+def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """Lines of at most 80 columns, but for long names: how many of each word, then every test, the worst first."""
+    yield _counts(verdicts)
+    for verdict in _worst_first(verdicts):
+        yield f"{verdict.word:<13}{verdict.test}"
+        yield from textwrap.wrap(verdict.reason, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        for finding in verdict.findings:
+            change = "" if finding.change is None else f"  {finding.change} ({finding.change.interval})"
+            yield f"{_INDENT}{finding.metric:<11}{finding.word:<13}{' -> '.join(finding.figures)}{change}"
+
+
+def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
+    """A table of all tests, the worst first, and the figures of each folded away beneath."""
+    lines = [f"**{_counts(verdicts)}**", "", "| verdict | test | why |", "| --- | --- | --- |"]
+    for verdict in _worst_first(verdicts):
+        lines.append(f"| {verdict.word} | {_cell(verdict.test)} | {_cell(verdict.reason)} |")
+    lines += ["", "<details><summary>Every figure</summary>", ""]
+    lines += ["| test | metric | verdict | before | now | change |", "| --- | --- | --- | --- | --- | --- |"]
+    for verdict in verdicts:
+        for finding in verdict.findings:
+            change = "" if finding.change is None else f"{finding.change} ({finding.change.interval})"
+            cells = (verdict.test, finding.metric, finding.word, *finding.figures, change)
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join([*lines, "", "</details>", ""])
+
+
+def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    words = {verdict.word for verdict in verdicts}
+    order = []
+    while words:
+        order.append(worst(list(words)))
+        words.discard(order[-1])
+    return sorted(verdicts, key=lambda verdict: (order.index(verdict.word), verdict.test))
+
+
+def _counts(verdicts: Sequence[Verdict]) -> str:
+    counts = Counter(verdict.word for verdict in _worst_first(verdicts))
+    return ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

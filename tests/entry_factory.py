@@ -1,0 +1,41 @@
+"""Entries as the pytest plugin stores them, made from the records of ``record_factory``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from knormpress.records import Entry
+from tests.record_factory import make_record
+
+COMMIT = "a" * 40
+
+
+def make_entry(
+    *,
+    run: str = "run-1",
+    test: str = "tests/test_x.py::test_x",
+    keep_ratio: float = 0.9,
+    commit: str | None = COMMIT,
+    dirty: bool = False,
+    method: str = "KnormPress(keep_ratio=0.9)",
+    parts: tuple[str, ...] = ("latency", "memory", "quality"),
+    passed: bool = True,
+    verdicts: dict[str, str] | None = None,
+    **parameters: Any,
+) -> Entry:
+    """An entry of the commit ``commit``; the rest as for ``make_record``."""
+    record = make_record(keep_ratio, **parameters)
+    changed = {"git_commit": commit, "git_dirty": dirty}
+    return Entry(
+        run=run,
+        test=test,
+        created=record.created,
+        environment=record.environment.model_copy(update=changed),
+        model=record.model,
+        text=record.text,
+        method=method,
+        conditions={"prompt_tokens": record.conditions.prompt_tokens},
+        verdicts=verdicts or {},
+        passed=passed,
+        **{part: getattr(record, part) for part in parts},
+    )
