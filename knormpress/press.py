@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -102,8 +103,13 @@ class KnormPress:
 
 def share(ratio: float, count: int) -> int:
     """ceil(ratio * count) of the decimal number that was typed: 0.07 of 100 is 7, not the 8 of binary rounding."""
-    exact = Fraction(repr(ratio))
+    exact = _exact(ratio)
     return -(-exact.numerator * count // exact.denominator)
+
+
+@functools.cache
+def _exact(ratio: float) -> Fraction:
+    return Fraction(repr(ratio))
 
 
 def _ratio(name: str, value: Any) -> float:

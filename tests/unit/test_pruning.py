@@ -63,6 +63,32 @@ def test_gather_takes_new_storage():
 
 
 @pytest.mark.parametrize(
+    "states",
+    [
+        torch.randn(2, 3, 16, 4)[:, :, :10],
+        torch.randn(2, 10, 3, 4).transpose(1, 2),
+        torch.randn(2, 3, 4, 10).transpose(2, 3),
+        torch.randn(2, 3, 10, 8)[..., :4],
+        torch.randn(2, 3, 10, 9)[..., :4],
+        torch.randn(3, 2, 3, 10)[1],
+        torch.arange(10).expand(2, 3, 10),
+    ],
+    ids=["spare room", "transposed", "keys by column", "half heads", "odd stride", "no inner", "expanded"],
+)
+def test_gathers_from_any_layout(states):
+    slots = torch.stack([torch.randperm(10)[:6].sort().values for _ in range(6)]).view(2, 3, 6)
+    kept = gather(states, slots)
+    assert kept.is_contiguous()
+    for row in range(2):
+        for head in range(3):
+            assert torch.equal(kept[row, head], states[row, head][slots[row, head]])
+
+
+def test_rows_without_a_budget_are_empty():
+    assert select(torch.rand(2, 1, 3), [0, 2])[0].tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize(
     ("dtype", "expected"),
     [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
 )
