@@ -112,7 +112,7 @@ def _covers(query: Tensor, key: Tensor, value: Tensor, dropout: float, extras: d
     )
 
 
-def _attend(
+def _attend(  # noqa: PLR0917
     module: nn.Module,
     query: Tensor,
     key: Tensor,

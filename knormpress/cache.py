@@ -7,10 +7,8 @@ logits are those of the full cache with the dropped positions masked.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,31 +20,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 
 from knormpress.errors import KnormError
 from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog
-from knormpress.masks import (
-    MaskedCache,
-    MaskHooks,
-    dense_mask,
-    flex_mask,
-    full_past,
-    is_causal,
-    layer_mask,
-    real_tokens,
-)
+from knormpress.masks import MaskedCache, MaskHooks, SharedMask, flex_mask, layer_mask, real_tokens
 from knormpress.press import KnormPress
 from knormpress.pruning import key_norms
 from knormpress.saving import read_state, write_state
 
 __all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score", "pruned_generation"]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """The shared mask of the forward pass under way, read once for all layers and not kept alive beyond it."""
-
-    mask: Callable[[], Any]
-    dense: Callable[[], Tensor | None]
-    plain: bool
-    causal: bool
 
 
 class KnormCache(MaskedCache):
@@ -105,7 +84,7 @@ class KnormCache(MaskedCache):
         self.score = score
         self._config = config
         self._announced: int | None = None
-        self._pass = _Pass(_nothing, _nothing, True, False)
+        self._pass = SharedMask.none(causal=False)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -177,24 +156,21 @@ class KnormCache(MaskedCache):
                     "forward pass broke off; reset() the cache and start again"
                 )
 
-    def _new_pass(self, mask: Any, seen: int, new: int) -> _Pass:
+    def _new_pass(self, mask: Any, seen: int, new: int) -> SharedMask:
         sdpa = self._config._attn_implementation == "sdpa"
         if mask is None:
             if self.log.real is not None and not bool(self.log.real.all()):
                 raise KnormError(
                     "an earlier pass had padding, but this one has no attention_mask; give one over all tokens seen"
                 )
-            return _Pass(_nothing, _nothing, True, sdpa and new == 1)
-        dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
-        if dense.shape[-1] != seen + new:
+            return SharedMask.none(causal=sdpa and new == 1)
+        shared = SharedMask.read(mask, seen, new, sdpa=sdpa)
+        if shared.covers != seen + new:
             raise KnormError(
-                f"the attention mask covers {dense.shape[-1]} tokens, but {seen} were seen and {new} come; "
+                f"the attention mask covers {shared.covers} tokens, but {seen} were seen and {new} come; "
                 f"give a mask over all {seen + new}, as without pruning"
             )
-        reference = weakref.ref(mask)
-        plain = full_past(dense, seen)
-        causal = sdpa and plain and is_causal(dense, seen)
-        return _Pass(reference, reference if dense is mask else lambda: dense, plain, causal)
+        return shared
 
     def _expect_positions(self, batch: int, new: int, real: Tensor | None) -> None:
         """Check that the model has positions for the new tokens; padding takes none."""
@@ -388,10 +364,6 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor],
     keys, values = layer.keys, layer.values
     tensors = {} if keys is None or values is None else {"keys": keys, "values": values}
     return tensors, {"seen": layer.cumulative_length}
-
-
-def _nothing() -> None:
-    return None
 
 
 def _layer_bytes(layer: Any) -> int:

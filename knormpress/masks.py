@@ -12,6 +12,8 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +24,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knormpress import attention
 
-__all__ = ["MaskHooks", "MaskedCache", "dense_mask", "flex_mask", "full_past", "is_causal", "layer_mask", "real_tokens"]
+__all__ = [
+    "MaskHooks",
+    "MaskedCache",
+    "SharedMask",
+    "dense_mask",
+    "flex_mask",
+    "full_past",
+    "is_causal",
+    "layer_mask",
+    "real_tokens",
+]
 
 
 # People hide with -inf, with the least number of a type, and with -1e4, which fits in float16.
@@ -40,6 +52,36 @@ class MaskedCache(Cache):
         With it comes whether that mask hides nothing but the later ones of the new tokens.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SharedMask:
+    """The shared mask of the forward pass under way, read once for all layers and not kept alive beyond it.
+
+    ``covers`` is how many tokens it speaks of, ``plain`` as for ``layer_mask``; ``causal`` is true where ``sdpa`` is in
+    use and the mask hides nothing but the later ones of the new tokens.
+    """
+
+    mask: Callable[[], Any]
+    dense: Callable[[], Tensor | None]
+    covers: int
+    plain: bool
+    causal: bool
+
+    @classmethod
+    def none(cls, *, causal: bool) -> SharedMask:
+        """No mask."""
+        return cls(lambda: None, lambda: None, 0, True, causal)
+
+    @classmethod
+    def read(cls, mask: Any, seen: int, new: int, *, sdpa: bool) -> SharedMask:
+        """What ``mask`` says of ``new`` tokens that come after ``seen``; it may cover too few."""
+        dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
+        reference = weakref.ref(mask)
+        covers = dense.shape[-1]
+        plain = covers == seen + new and full_past(dense, seen)
+        causal = sdpa and plain and is_causal(dense, seen)
+        return cls(reference, reference if dense is mask else lambda: dense, covers, plain, causal)
 
 
 def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
