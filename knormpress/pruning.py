@@ -114,4 +114,5 @@ def gather(states: Tensor, slots: Tensor) -> Tensor:
     heads = torch.arange(states.shape[1], device=states.device).view(1, -1, 1) * steps[1]
     index = rows + heads + slots.clamp(min=0) * steps[2]
     storage = states.as_strided((extent, *inner), (size, *states.stride()[3:]))
-    return storage.index_select(0, index.flatten()).unflatten(0, slots.shape)
+    gathered: Tensor = storage.index_select(0, index.flatten()).unflatten(0, slots.shape)
+    return gathered
