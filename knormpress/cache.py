@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from knormpress.errors import KnormError
 from knormpress.layer import KnormLayer, LayerStats, Score, TokenLog, layer_stats
@@ -141,7 +140,6 @@ class KnormCache(MaskedCache):
             groups=self._config.num_attention_heads // layer.positions.shape[1],
             holes=layer.holes,
             plain=self._pass.plain,
-            flash=ALL_MASK_ATTENTION_FUNCTIONS.get(self._config._attn_implementation) is flash_attention_mask,
         )
         is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
         return (flex_mask(own) if is_flex and own is not None else own), plain

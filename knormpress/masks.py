@@ -137,33 +137,27 @@ def is_causal(mask: Tensor, seen: int) -> bool:
     return bool((own == torch.ones_like(own[0, 0]).tril()).all())
 
 
-def layer_mask(
-    mask: Any, positions: Tensor, *, seen: int, new: int, groups: int, holes: bool, plain: bool, flash: bool = False
-) -> Any:
+def layer_mask(mask: Any, positions: Tensor, *, seen: int, new: int, groups: int, holes: bool, plain: bool) -> Any:
     """The columns of a layer's own tokens, out of a mask over all tokens seen.
 
     Args:
-        mask: the shared mask, see ``real_tokens``; None where there is nothing to mask.
+        mask: the shared mask, see ``real_tokens``; None where there is nothing to mask, as rows have empty slots only
+            beside others with less padding.
         positions: (B, H, n), the original positions of the stored tokens, -1 for an empty slot.
         seen: tokens seen before the new ones, padding counted.
         new: how many new tokens come, q.
         groups: attention heads per key-value head.
         holes: whether ``positions`` has empty slots.
         plain: whether ``mask`` hides no token of the past (see ``full_past``).
-        flash: whether the attention takes masks of two dimensions.
 
     Returns:
         None where nothing is to be masked; (B, n + q) for two dimensions; else (B, 1 or A, q, n + q) of the type of
         ``mask``.
     """
-    if mask is None and not holes:
-        return None
-    stored = positions.shape[-1]
     if mask is None:
-        shape = (positions.shape[0], seen + new) if flash else (positions.shape[0], 1, new, seen + new)
-        mask = positions.new_ones(shape, dtype=torch.bool)
+        return None
     if plain and not holes:
-        return mask[..., seen - stored :]
+        return mask[..., seen - positions.shape[-1] :]
     if mask.dim() == 2:
         # The empty slots and the padding of a row stand at the same slots in all of its heads.
         past = mask[:, :seen].gather(1, positions[:, 0].clamp(min=0).long())
@@ -207,7 +201,7 @@ class MaskHooks:
         modules = [module for module in model.modules() if is_attention(module)]
         self.layers = {module.layer_idx for module in modules}
         self._modules = weakref.WeakSet(modules)
-        handles = [module.register_forward_pre_hook(_Hook(self.model, module), with_kwargs=True) for module in modules]
+        handles = [module.register_forward_pre_hook(_Hook(module), with_kwargs=True) for module in modules]
         for handle in handles:
             weakref.finalize(self, handle.remove)
         attention.enable()
@@ -224,8 +218,7 @@ class MaskHooks:
 class _Hook:
     """The pre-hook of one attention module."""
 
-    def __init__(self, model: weakref.ref[PreTrainedModel], module: nn.Module) -> None:
-        self.model = model
+    def __init__(self, module: nn.Module) -> None:
         # accelerate wraps `forward` of the instance; the class keeps the true signature.
         parameters = inspect.signature(type(module).forward).parameters
         self.mask_index = list(parameters)[1:].index("attention_mask")
@@ -235,7 +228,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, MaskedCache)), None)
-        if cache is None or cache.hooks.model is not self.model or not cache.hooks.owns(module):
+        if cache is None or not cache.hooks.owns(module):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         by_position = len(args) > self.mask_index

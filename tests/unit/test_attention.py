@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from knormpress import KnormCache, KnormError, KnormPress
+from knormpress.masks import dense_mask, flex_mask
 from tests.oracle import run_masked, run_pruned
 from tests.strategies import VOCABULARY, tiny_model
 
@@ -99,6 +101,15 @@ def test_a_flash_mask_may_hide_what_was_seen_while_nothing_is_pruned(flash_model
             flash_model(ids[:, :16], past_key_values=cache)
             logits.append(flash_model(ids[:, 16:], attention_mask=hiding, past_key_values=cache).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_flex_mask_says_what_its_dense_mask_does(heads):
+    mask = torch.rand(2, heads, 5, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    flex = flex_mask(mask)
+    assert torch.equal(create_mask(flex.mask_mod, 2, heads, 5, 30, device="cpu"), mask)
+    if heads == 1:
+        assert torch.equal(dense_mask(flex, 5, 30), mask)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="flex attention is compiled, and there is no C++ compiler")

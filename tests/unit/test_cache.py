@@ -450,6 +450,23 @@ def test_prefill_from_keeps_its_source_whatever_comes():
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(full.layers, before, strict=True))
 
 
+def test_prefill_from_takes_a_whole_cache_into_an_empty_one():
+    model = tiny_model()
+    full, cache = DynamicCache(config=model.config), KnormCache(model, PRESS)
+    assert cache.layers[0].positions.shape == (0, 0, 0)
+    with torch.no_grad():
+        model(prompt(), past_key_values=full)
+    cache.prefill_from(full)
+    with pytest.raises(KnormError, match="this cache has seen 24 tokens; prefill_from needs an empty one"):
+        cache.prefill_from(full)
+    full.layers[0].crop(-2)
+    with pytest.raises(KnormError, match="layer 1 of the full cache is no whole full-attention layer of 22 tokens"):
+        KnormCache(model, PRESS).prefill_from(full)
+    del full.layers[1:]
+    with pytest.raises(ValueError, match="shorter than argument 1"):
+        KnormCache(model, PRESS).prefill_from(full)
+
+
 def test_a_copied_model_is_another_model():
     model = tiny_model()
     cache = KnormCache(model, PRESS)

@@ -107,3 +107,12 @@ def test_more_tokens_than_positions_are_refused_before_anything_changes():
         with pytest.raises(KnormError, match="39 tokens seen and 500 new ones are more than the model's 512 positions"):
             model(torch.ones(1, 500, dtype=torch.long), past_key_values=cache)
     assert cache.stats() == before
+
+
+def test_the_longest_row_is_the_one_that_runs_out_of_positions():
+    model = tiny_model()
+    padding = torch.stack([(torch.arange(513) >= pad).long() for pad in (0, 400)])
+    cache = KnormCache(model, PRESS)
+    ids = torch.ones(2, 513, dtype=torch.long)
+    with pytest.raises(KnormError, match="0 tokens seen and 513 new ones are more than the model's 512 positions"):
+        model(ids, attention_mask=padding, past_key_values=cache)

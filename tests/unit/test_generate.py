@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from knormpress import KnormCache, KnormError, KnormPress
+from knormpress.masks import real_tokens
 from tests.oracle import position_ids
 from tests.strategies import VOCABULARY, presses, tiny_model
 
@@ -313,8 +316,38 @@ def test_a_mask_left_out_after_padding_is_refused():
     mask = torch.tensor([[0] * 4 + [1] * 20])
     with torch.no_grad():
         model(prompt(), attention_mask=mask, past_key_values=cache)
+        before = cache.stats()
         with pytest.raises(KnormError, match="an earlier pass had padding, but this one has no attention_mask"):
             model(prompt(1), past_key_values=cache)
+    assert cache.stats() == before
+
+
+def test_a_token_is_real_if_one_head_attends_to_it():
+    """Head 0 hides token 1 from all, head 1 does not; token 2 is hidden by both."""
+    allowed = torch.ones(1, 2, 4, 4, dtype=torch.bool).tril()
+    allowed[0, 0, :, 1] = allowed[0, :, :, 2] = False
+    assert real_tokens(allowed, 0, 4).tolist() == [[True, True, False, True]]
+
+
+def test_empty_slots_are_told_by_minus_one():
+    model = tiny_model()
+    ids, mask = padded([prompt(24), prompt(10, seed=1)])
+    cache = KnormCache(model, PRESS)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=position_ids(mask), past_key_values=cache)
+    assert cache.layers[1].positions[1, :, :7].unique().tolist() == [-1]
+
+
+def test_a_mask_lives_no_longer_than_its_pass():
+    model = tiny_model()
+    mask = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
+    alive = weakref.ref(mask)
+    cache = KnormCache(model, PRESS)
+    with torch.no_grad():
+        model(prompt(), attention_mask=mask, past_key_values=cache)
+    del mask
+    gc.collect()
+    assert alive() is None
 
 
 def test_the_longest_row_goes_on_alone_and_needs_no_mask():

@@ -73,6 +73,15 @@ def test_writing_goes_on_after_inference_mode():
         assert torch.equal(tape.append(torch.ones(2, 1, 1, 2)), torch.ones(2, 1, 6, 2))
 
 
+@torch.no_grad()
+def test_selected_rows_go_on_in_the_spare_room():
+    tape = Tape()
+    for slots in (100, 1):
+        tape.append(torch.randn(2, 1, slots, 4))
+    address = tape.select_rows(torch.tensor([1, 0])).data_ptr()
+    assert tape.append(torch.randn(2, 1, 1, 4)).data_ptr() == address
+
+
 def test_gradients_flow_through_what_is_stored():
     tape = Tape()
     first = torch.ones(1, 1, 1, 2, requires_grad=True)
