@@ -1,0 +1,93 @@
+"""What the benchmarks of tests/perf share: pairs measured in turn, and the table of targets that they fill."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from knormpress.intervals import Change, ratio_change
+
+
+class Target(NamedTuple):
+    """A row of the table: a ratio that was measured, and the one that is aimed at."""
+
+    what: str
+    against: str
+    reach: float
+    change: Change
+
+
+TARGETS = pytest.StashKey[list[Target]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--performance-table", metavar="FILE", help="replace the table of targets in this Markdown file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TARGETS] = []
+
+
+@pytest.fixture
+def target(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Note a ratio to be shown; fails only where it is worse than ``worst`` with its whole interval."""
+
+    def note(what: str, against: str, change: Change, *, reach: float, worst: float) -> None:
+        ratio, low = 1 + change.percent / 100, 1 + change.ends[0] / 100
+        benchmark.extra_info.update(what=what, against=against, reach=reach, ratio=round(ratio, 3))
+        request.config.stash[TARGETS].append(Target(what, against, reach, change))
+        assert low <= worst, f"{what}: {ratio:.3f} x {against}, at least {low:.3f}; never more than {worst} is allowed"
+
+    return note
+
+
+@pytest.fixture
+def in_turn(benchmark: Any) -> Callable[..., Change]:
+    """Time ``candidate`` by pytest-benchmark with ``baseline`` before each round; the change of their paired ratios."""
+
+    def measure(baseline: Callable[[], object], candidate: Callable[[], object], *, rounds: int) -> Change:
+        times: dict[str, list[float]] = {"baseline": [], "candidate": []}
+
+        def timed(name: str, run: Callable[[], object]) -> None:
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(
+            lambda: timed("candidate", candidate), setup=lambda: timed("baseline", baseline), rounds=rounds
+        )
+        return ratio_change(times["baseline"], times["candidate"])
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    rows = [
+        f"| {t.what} | {t.against} | <= {t.reach:.2f} | {1 + t.change.percent / 100:.2f} | {_interval(t.change)} |"
+        f" {'yes' if 1 + t.change.percent / 100 <= t.reach else 'no'} |"
+        for t in config.stash[TARGETS]
+    ]
+    if not rows:
+        return
+    table = "\n".join(
+        ["| what | against | reach | measured | interval | met |", "| --- | --- | --- | --- | --- | --- |", *rows]
+    )
+    terminalreporter.section("targets")
+    terminalreporter.write_line(table)
+    if config.option.performance_table:
+        page = Path(config.option.performance_table)
+        text = page.read_text(encoding="utf-8")
+        marked = re.compile(r"(<!-- targets -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        page.write_text(marked.sub(lambda found: found[1] + table + found[2], text), encoding="utf-8")
+
+
+def _interval(change: Change) -> str:
+    return "" if change.low is None else "..".join(f"{1 + end / 100:.2f}" for end in change.ends)

@@ -1,0 +1,226 @@
+"""What KnormPress means to reach, as ratios measured in turn; see docs/performance.md.
+
+Of the targets themselves none is a gate, as machines differ: a test fails where pruning costs what it must never cost.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from knormpress import KnormCache, KnormPress
+from knormpress.intervals import Change, ratio_change
+from knormpress.layer import KnormLayer
+from knormpress.methods import FullCache
+from knormpress.metrics import prefill, score_document
+from knormpress.pruning import gather, key_norms, select
+
+LONG = 8_000
+CHUNK = 1_024
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def model(knorm_bench):
+    return knorm_bench.model
+
+
+@pytest.fixture(scope="module")
+def ids(knorm_bench):
+    return knorm_bench.documents(length=LONG, count=1)[0]
+
+
+@pytest.fixture(scope="module")
+def full(model, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        prefill(model, ids, cache)
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def copy_of(model, cache):
+    copied = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        copied.update(layer.keys.clone(), layer.values.clone(), index)
+    return copied
+
+
+def decoding(model, cache):
+    """A function that decodes one token."""
+    state = {"token": torch.tensor([[11]])}
+
+    def step():
+        state["token"] = prefill(model, state["token"], cache).argmax(dim=-1, keepdim=True)
+        return state["token"].item()
+
+    for _ in range(3):
+        step()
+    return step
+
+
+@pytest.mark.parametrize(("keep", "reach"), [(1.0, 0.80), (0.9, 0.76), (0.5, 0.60)])
+def test_decoding_behind_a_long_context(model, full, in_turn, target, keep, reach):
+    pruned = KnormCache(model, KnormPress(keep))
+    pruned.prefill_from(full)
+    change = in_turn(decoding(model, copy_of(model, full)), decoding(model, pruned), rounds=STEPS)
+    target(f"TPOT at 8,000 tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.05)
+
+
+def test_decoding_close_to_the_cost_of_the_weights(model, ids, full, in_turn, target):
+    pruned, short = KnormCache(model, KnormPress(0.1)), DynamicCache(config=model.config)
+    pruned.prefill_from(full)
+    prefill(model, ids[:, :16], short)
+    change = in_turn(decoding(model, short), decoding(model, pruned), rounds=STEPS)
+    target("TPOT at 8,000 tokens, keep 0.1", "TPOT at 16 tokens", change, reach=1.10, worst=1.5)
+
+
+def test_prefill_in_one_shot(model, ids, in_turn, target):
+    prompt = ids[:, :1_000]
+    change = in_turn(
+        lambda: prefill(model, prompt, DynamicCache(config=model.config)),
+        lambda: prefill(model, prompt, KnormCache(model, KnormPress(0.5))),
+        rounds=5,
+    )
+    target("TTFT at 1,000 tokens, one shot, keep 0.5", "DynamicCache", change, reach=1.02, worst=1.15)
+
+
+def test_prefill_in_chunks(model, ids, benchmark, target):
+    reaches, peaks = {0.9: 0.95, 0.5: 0.75, 0.1: 0.55}, dict.fromkeys((0.9, 0.5, 0.1), 0)
+    times = {keep: [] for keep in (1.0, *reaches)}
+
+    def chunked(keep):
+        cache = KnormCache(model, KnormPress(keep))
+        for part in ids.split(CHUNK, dim=-1):
+            prefill(model, part, cache)
+            peaks[keep] = max(peaks[keep], cache.nbytes)
+
+    def all_in_turn():
+        for keep in times:
+            start = time.perf_counter()
+            if keep == 1.0:
+                prefill(model, ids, DynamicCache(config=model.config))
+            else:
+                chunked(keep)
+            times[keep].append(time.perf_counter() - start)
+
+    benchmark.pedantic(all_in_turn, rounds=1)
+    config = model.config
+    whole = LONG * 2 * config.num_key_value_heads * 64 * 4 * config.num_hidden_layers
+    for keep, reach in reaches.items():
+        change = ratio_change(times[1.0], times[keep])
+        target(f"TTFT at 8,000 tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
+        kept = sum(KnormPress(keep).ratios(config.num_hidden_layers)) / config.num_hidden_layers
+        share, allowed = peaks[keep] / whole, kept + CHUNK / LONG + 0.03
+        change = Change((share - 1) * 100, None, None)
+        target(f"cache bytes after a chunk, at most, keep {keep}", "full cache", change, reach=allowed, worst=allowed)
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5])
+def test_one_prune(full, in_turn, target, keep):
+    keys = [layer.keys for layer in full.layers]
+    values = [layer.values for layer in full.layers]
+    count = int(keep * LONG)
+    kept = [(k[:, :, :count].contiguous(), v[:, :, :count].contiguous()) for k, v in zip(keys, values, strict=True)]
+
+    def move_only():
+        for key, (kept_key, kept_value) in zip(keys, kept, strict=True):
+            key.sum()
+            kept_key.clone()
+            kept_value.clone()
+
+    def prune():
+        for key, value in zip(keys, values, strict=True):
+            scores = key_norms(key)
+            assert bool(scores.isfinite().all())
+            slots = select(scores, [count])
+            gather(key, slots)
+            gather(value, slots)
+
+    change = in_turn(move_only, prune, rounds=7)
+    target(f"one prune of every layer at 8,000 tokens, keep {keep}", "moving the bytes", change, reach=2.0, worst=8.0)
+
+
+def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, target):
+    cache, spent, sound = KnormCache(model, KnormPress(0.5)), [], KnormLayer._prune
+
+    def timed(self):
+        start = time.perf_counter()
+        sound(self)
+        spent.append(time.perf_counter() - start)
+
+    prefill(model, ids[:, :2_048], cache)
+    step = decoding(model, cache)
+    monkeypatch.setattr(KnormLayer, "_prune", timed)
+    start = time.perf_counter()
+    benchmark.pedantic(step, rounds=192)
+    share = sum(spent) / (time.perf_counter() - start)
+    change = Change((share - 1) * 100, None, None)
+    target("pruning in a decode of 192 tokens, keep 0.5", "the whole decode", change, reach=0.02, worst=0.10)
+
+
+def test_decoding_stays_flat(model, ids, in_turn, target):
+    press = KnormPress(0.5, schedule="iterative", prune_after=1_024)
+    early, late = KnormCache(model, press), KnormCache(model, press)
+    prefill(model, ids[:, :1_000], early)
+    prefill(model, ids, late, chunk=512)
+    change = in_turn(decoding(model, early), decoding(model, late), rounds=STEPS)
+    target("TPOT at 8,000 tokens seen, iterative", "TPOT at 1,000 seen", change, reach=1.10, worst=1.3)
+
+
+def test_scoring_at_seven_ratios(model, ids, in_turn, target):
+    document = ids[:, : 1_024 + 256 + 1]
+    presses = [KnormPress(keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)]
+    change = in_turn(
+        lambda: model(document, use_cache=False),
+        lambda: score_document(model, document, FullCache(), presses, context=1_024),
+        rounds=3,
+    )
+    target("scoring one document at 7 ratios", "one forward pass of it", change, reach=2.5, worst=6.0)
+
+
+RESIDENT = """
+import sys
+import torch
+from knormpress import KnormPress
+from knormpress.devices import PeakMemory
+from knormpress.methods import FullCache
+from knormpress.metrics import score_document
+from knormpress.models import load_model
+
+device = torch.device("cpu")
+model = load_model(sys.argv[1] or None, device=device, dtype="float32").model
+ids = torch.randint(100, 9000, (1, 8_000 + 64 + 1))
+with PeakMemory(device) as loaded:
+    model(ids[:, :8])
+presses = [KnormPress(keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)]
+with PeakMemory(device) as sweeping:
+    score_document(model, ids, FullCache(), presses, context=8_000)
+config = model.config
+full = 8_000 * 2 * config.num_key_value_heads * 64 * 4 * config.num_hidden_layers
+print(sweeping.readings[0].bytes / (loaded.readings[0].bytes + full))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tell the peak of a section")
+def test_resident_memory_of_a_long_sweep(benchmark, pytestconfig, target):
+    """On text of random tokens, in a process of its own: what is resident depends on how many there are only."""
+    given = pytestconfig.getoption("--knorm-model") or ""
+    out = benchmark.pedantic(
+        lambda: (
+            subprocess.run([sys.executable, "-c", RESIDENT, given], check=True, capture_output=True, text=True).stdout
+        ),
+        rounds=1,
+    )
+    change = Change((float(out) - 1) * 100, None, None)
+    target("resident while scoring 7 ratios at 8,000 tokens", "model + one full cache", change, reach=1.6, worst=2.5)
