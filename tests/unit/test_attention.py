@@ -107,6 +107,7 @@ def test_a_flash_mask_may_hide_what_was_seen_while_nothing_is_pruned(flash_model
 def test_a_flex_mask_says_what_its_dense_mask_does(heads):
     mask = torch.rand(2, heads, 5, 30, generator=torch.Generator().manual_seed(0)) < 0.5
     flex = flex_mask(mask)
+    assert flex.shape[:2] == (2, heads)
     assert torch.equal(create_mask(flex.mask_mod, 2, heads, 5, 30, device="cpu"), mask)
     if heads == 1:
         assert torch.equal(dense_mask(flex, 5, 30), mask)

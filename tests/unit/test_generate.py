@@ -338,6 +338,24 @@ def test_empty_slots_are_told_by_minus_one():
     assert cache.layers[1].positions[1, :, :7].unique().tolist() == [-1]
 
 
+def test_a_mask_that_shows_padding_shows_no_empty_slot():
+    """Padding is never kept, so a later mask over it hides or shows nothing."""
+    model = tiny_model()
+    ids, mask = padded([prompt(24), prompt(10, seed=1)])
+    positions = position_ids(torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], dim=1))
+    shows = torch.cat([torch.ones(2, 1, 3, 24, dtype=torch.bool), torch.ones(2, 1, 3, 3).tril().bool()], dim=-1)
+    hides = shows.clone()
+    hides[1, ..., :14] = False
+    logits = []
+    for later in (shows, hides):
+        cache = KnormCache(model, KnormPress(0.5, prune_after=8, skip_layers=()))
+        with torch.no_grad():
+            model(ids, attention_mask=mask, position_ids=positions[:, :24], past_key_values=cache)
+            own = {"attention_mask": later, "position_ids": positions[:, 24:]}
+            logits.append(model(prompt(3, rows=2), past_key_values=cache, **own).logits)
+    assert torch.equal(*logits)
+
+
 def test_a_mask_lives_no_longer_than_its_pass():
     model = tiny_model()
     mask = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
