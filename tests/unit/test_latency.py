@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from knormpress.errors import KnormError
 from knormpress.methods import FullCache
-from knormpress.metrics import Method, Timing, latency, time_generation, time_in_turn
+from knormpress.metrics import Method, Timing, calibration, latency, time_generation, time_in_turn
 from knormpress.press import KnormPress
 from tests.strategies import VOCABULARY, tiny_model
 
@@ -243,3 +243,47 @@ def test_whoever_repeats_the_candidate_runs_it_and_nothing_else() -> None:
     start, end = (index for index, event in enumerate(log) if event == "|")
     assert log[start + 1 : end] == ["enter B", "run B", "leave B"]
     assert log[end + 1 :] == []
+
+
+class Queue:
+    """An accelerator's queue: a forward pass fills it, a synchronise empties it, and no clock may be read before."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, deaf: bool = False) -> None:
+        self.busy, self.readings, self.deaf = False, 0, deaf
+        clock = time.perf_counter
+
+        def read() -> float:
+            assert not self.busy, "a clock was read while the device was at work"
+            self.readings += 1
+            return clock()
+
+        for module in (latency, calibration):
+            patch.setattr(module, "synchronize", self.synchronize)
+            patch.setattr(module.time, "perf_counter", read)
+        product = torch.mm
+        patch.setattr(torch, "mm", lambda *arguments: self.fill() or product(*arguments))
+
+    def fill(self) -> None:
+        self.busy = True
+
+    def synchronize(self, device: torch.device) -> None:
+        assert device == torch.device("cpu")
+        self.busy = self.busy and self.deaf
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["all clocks wait", "control: a synchronise that does nothing"])
+def test_no_clock_is_read_while_the_device_is_at_work(monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
+    queue = Queue(monkeypatch, deaf=deaf)
+    with watched(tiny_model(), lambda kwargs: queue.fill()):
+
+        def measure() -> None:
+            time_in_turn(
+                tiny_model(), FullCache(), FullCache(), prompt(), new_tokens=3, rounds=2, precision=0.0, seconds=0.05
+            )
+
+        if deaf:
+            with pytest.raises(AssertionError, match="a clock was read while the device was at work"):
+                measure()
+        else:
+            measure()
+            assert queue.readings > 2 * 2 * 4
