@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from knormpress import KnormCache, KnormPress
 from knormpress.intervals import Change, ratio_change
 from knormpress.layer import KnormLayer
-from knormpress.methods import FullCache
+from knormpress.methods import FullCache, make_method
 from knormpress.metrics import prefill, score_document
 from knormpress.pruning import gather, key_norms, select
 
@@ -75,6 +75,17 @@ def test_decoding_behind_a_long_context(model, full, in_turn, target, keep, reac
     pruned.prefill_from(full)
     change = in_turn(decoding(model, copy_of(model, full)), decoding(model, pruned), rounds=STEPS)
     target(f"TPOT at 8,000 tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.05)
+
+
+def test_decoding_beside_kvpress(model, ids, full, in_turn, target):
+    pytest.importorskip("kvpress")
+    with make_method("kvpress:KnormPress", KnormPress(0.5))(model) as new_cache:
+        theirs = new_cache()
+        prefill(model, ids, theirs)
+    ours = KnormCache(model, KnormPress(0.5))
+    ours.prefill_from(full)
+    change = in_turn(decoding(model, theirs), decoding(model, ours), rounds=STEPS)
+    target("TPOT at 8,000 tokens, keep 0.5", "kvpress's KnormPress(0.5)", change, reach=0.90, worst=1.2)
 
 
 def test_decoding_close_to_the_cost_of_the_weights(model, ids, full, in_turn, target):
@@ -194,7 +205,7 @@ import sys
 import torch
 from knormpress import KnormPress
 from knormpress.devices import PeakMemory
-from knormpress.methods import FullCache
+from knormpress.methods import FullCache, make_method
 from knormpress.metrics import score_document
 from knormpress.models import load_model
 
