@@ -27,6 +27,7 @@ from knormpress.metrics import (
 )
 from knormpress.models import load_model
 from knormpress.records import (
+    ROUNDING_KL,
     DocumentScore,
     Environment,
     Latency,
@@ -138,12 +139,12 @@ def quality(
 
 
 def refuse_unpruned(method: str, quality: Quality) -> None:
-    """See that a method which is to drop tokens predicts otherwise than the full cache.
+    """See that a method which is to drop tokens predicts otherwise than the full cache, beyond rounding.
 
     Raises:
         KnormError: it never does, so that the full cache was scored.
     """
-    if all(document.kl == 0.0 for document in quality.documents):
+    if all(document.kl < ROUNDING_KL for document in quality.documents):
         raise KnormError(
             f"{method} predicts exactly what the full cache does, so nothing was pruned, or the full cache was scored; "
             "see that it prunes within the prompt"

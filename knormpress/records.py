@@ -18,6 +18,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "ROUNDING_KL",
     "SCHEMA_VERSION",
     "Conditions",
     "DocumentScore",
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 SCHEMA_VERSION: Final = 2
+
+ROUNDING_KL: Final = 1e-8
+"""Nats: a smaller divergence is rounding, by which attention computed in parts differs from attention in one."""
 
 
 class _Strict(BaseModel):

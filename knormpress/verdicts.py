@@ -16,7 +16,7 @@ import numpy as np
 from knormpress.changes import ppl_change
 from knormpress.errors import KnormError
 from knormpress.intervals import Change, percent, ratio_of_ratios
-from knormpress.records import DocumentScore, Entry, Environment, Latency, Run
+from knormpress.records import ROUNDING_KL, DocumentScore, Entry, Environment, Latency, Run
 
 __all__ = [
     "THRESHOLDS",
@@ -204,12 +204,12 @@ def _quality(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list
     ppl = _finding("ppl", shown, ppl_change(paired), 1.0, thresholds["ppl"])
     kls = [float(np.average([d.kl for d in side], weights=[len(d.baseline_nll) for d in side])) for side in (old, new)]
     texts = _pair(f"{kl:.4f}" for kl in kls)
-    if kls[0] == kls[1]:
+    if max(kls) < ROUNDING_KL or kls[0] == kls[1]:
         return [ppl, Finding("kl", "ok", texts, Change(0.0, 0.0, 0.0), "")]
-    if kls[0] == 0.0:
-        return [ppl, Finding("kl", "regressed", texts, None, "was exactly 0: nothing was lost before")]
-    if kls[1] == 0.0:
-        return [ppl, Finding("kl", "regressed", texts, None, "fell to exactly 0: the full cache was scored")]
+    if kls[0] < ROUNDING_KL:
+        return [ppl, Finding("kl", "regressed", texts, None, "was 0: nothing was lost before")]
+    if kls[1] < ROUNDING_KL:
+        return [ppl, Finding("kl", "regressed", texts, None, "fell to 0: the full cache was scored")]
     change = percent(kls[1] / kls[0])
     return [ppl, _finding("kl", texts, Change(change, change, change), 1.0, thresholds["kl"])]
 
