@@ -124,7 +124,7 @@ class KvpressMethod:
         try:
             if "compression_ratio" not in dir(own):
                 raise AttributeError("it has none")
-            own.compression_ratio = 0.0
+            own.compression_ratio = 1.0 - policy.keep_ratio
         except AttributeError as error:
             raise KnormError(f"the compression_ratio of kvpress's {name} can't be set: {error}") from error
         return cls(own, policy)
@@ -158,6 +158,8 @@ class KvpressMethod:
         finally:
             for handle in handles:
                 handle.remove()
+            # Records name a method by its values, which a measurement may not change.
+            self.press.compression_ratio = 1.0 - self.policy.keep_ratio
             for module in attention:
                 # kvpress leaves these behind, and its patched attention would overwrite other caches' keys with them.
                 vars(module).pop("masked_key_indices", None)

@@ -21,6 +21,7 @@ from knormpress.kvpress_adapter import KvpressMethod, PressedCache, is_kvpress
 from knormpress.methods import FullCache, make_method
 from knormpress.metrics import score_document
 from knormpress.press import KnormPress
+from knormpress.testing import describe_method
 from tests.strategies import VOCABULARY, tiny_model
 
 HALF = KnormPress(keep_ratio=0.5, prune_after=1, skip_layers=())
@@ -213,6 +214,17 @@ def test_instances_are_copied_and_follow_the_policy(kvpress: Any, monkeypatch: p
             logits_after(model, cache, [tokens(40)])
         assert cache.layers[0].keys.shape[2] == 20
     assert instance.compression_ratio == 0.25
+
+
+@pytest.mark.parametrize("skip_layers", [(0,), (-1,)])
+def test_records_name_it_alike_before_a_measurement_and_after(kvpress: Any, skip_layers: tuple[int, ...]) -> None:
+    model, policy = tiny_model(), KnormPress(0.5, prune_after=1, skip_layers=skip_layers)
+    method = make_method("kvpress:KnormPress", policy)
+    before = describe_method(method)
+    with method(model) as new_cache:
+        logits_after(model, new_cache(), [tokens(40)])
+    assert describe_method(method) == before == describe_method(make_method("kvpress:KnormPress", policy))
+    assert "compression_ratio=0.5" in before
 
 
 def test_nothing_is_left_on_the_model(kvpress: Any) -> None:
