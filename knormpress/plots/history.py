@@ -41,18 +41,12 @@ def draw_history(courses: Sequence[Course], runs: Sequence[str], label: str, lev
     figure, axes = panel_figure()
     axes.axhline(level, color=GREY, linewidth=0.8, linestyle="--")
     for place, course in enumerate(courses):
-        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place // len(_COLOURS) % len(_MARKERS)]
+        look = f"{_MARKERS[place // len(_COLOURS) % len(_MARKERS)]}-"
+        colour = _COLOURS[place % len(_COLOURS)]
         measured = [run for run, value in enumerate(course.values) if math.isfinite(value)]
-        axes.plot(
-            measured,
-            [course.values[run] for run in measured],
-            color=colour,
-            marker=marker,
-            linewidth=1.2,
-            markersize=3.5,
-        )
+        axes.plot(measured, [course.values[run] for run in measured], look, color=colour, linewidth=1.2, markersize=3.5)
         bad = [run for run in measured if run in course.regressed]
-        axes.plot([*bad], [course.values[run] for run in bad], "o", markersize=10, markerfacecolor="none", color=RED)
+        axes.plot(bad, [course.values[run] for run in bad], "o", markersize=10, markerfacecolor="none", color=RED)
     step = math.ceil(len(runs) / _MOST_LABELS)
     axes.set_xticks(range(0, len(runs), step), [plain(run) for run in runs[::step]])
     axes.set_xlim(-0.5, (len(runs) - 1) * 1.08 + 0.5)

@@ -46,7 +46,8 @@ def _table(table: Table) -> Iterator[str]:
     yield f"| {' | '.join(map(_escaped, table.head))} |"
     yield f"|{' --- |' * len(table.head)}"
     yield from (f"| {' | '.join(map(_cell, row))} |" for row in table.rows)
-    yield from (line for note in table.notes for line in ("", _escaped(note)))
+    if table.note:
+        yield from ("", _escaped(table.note))
     if table.folded:
         yield from ("", "</details>")
 

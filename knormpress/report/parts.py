@@ -86,7 +86,7 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     row_heads: int = 1
-    notes: tuple[str, ...] = ()
+    note: str = ""
     folded: bool = False
     kind: ClassVar[str] = "table"
 

@@ -9,7 +9,6 @@ from knormpress.compare import Row, differences, group_rows, setting
 from knormpress.report.parts import Block, Facts, Words
 
 __all__ = [
-    "CONTROLS",
     "NOISE",
     "Family",
     "describe_differences",
@@ -19,11 +18,11 @@ __all__ = [
     "listed",
 ]
 
-CONTROLS = ("random", "highest-norm", "recent-window")
-"""Methods that are measured in order to be seen to be worse."""
 
 NOISE = "full"
 """The method that measures the full cache against itself."""
+
+_CONTROLS = ("random", "highest-norm", "recent-window")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Family:
 
 def is_control(row: Row) -> bool:
     """Whether a row was measured to be set beside others, not for its own sake."""
-    return row.record.policy.method in (*CONTROLS, NOISE)
+    return row.record.policy.method in (*_CONTROLS, NOISE)
 
 
 def families(rows: Sequence[Row]) -> list[Family]:

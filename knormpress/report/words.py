@@ -19,9 +19,9 @@ DEFINITIONS = Facts(
     (
         (
             "Change and interval",
-            "Every change is against the full cache, measured in turn with it in the same process. A timing's change is "
-            "the median over pairs of runs; in brackets stands its bootstrap 95 % interval. Such ratios survive a change "
-            "of machine speed; absolute times don't.",
+            "Every change is against the full cache, measured in turn with it in the same process. A timing's change "
+            "is the median over pairs of runs; in brackets stands its bootstrap 95 % interval. Such ratios survive a "
+            "change of machine speed; absolute times don't.",
         ),
         ("Keep ratio", "The share of the tokens seen that a pruned layer keeps: at 0.9 a tenth is dropped."),
         (
@@ -42,8 +42,8 @@ DEFINITIONS = Facts(
         ),
         (
             "KL and top-1",
-            "How far the predictions moved from the full cache's: mean KL divergence in nats (0 is none), and the share "
-            "of scored tokens at which both caches rank the same token first.",
+            "How far the predictions moved from the full cache's: mean KL divergence in nats (0 is none), and the "
+            "share of scored tokens at which both caches rank the same token first.",
         ),
         ("Cache bytes", "Bytes of the storage that the cache really holds after the prompt: a view frees nothing."),
         (
@@ -142,7 +142,7 @@ def table_blocks(found: Sequence[Family]) -> Iterator[Block]:
             ("Keep ratio", "Method", "TTFT", "TPOT", "Throughput", "PPL", "KL (nats)", "Top-1", "Cache (MB)"),
             tuple(_change_row(row) for row in rows),
             row_heads=2,
-            notes=tuple(cautions(rows)),
+            note=" ".join(cautions(rows)),
         )
         yield Table(
             "The figures behind them: the full cache, and beneath it the method",
