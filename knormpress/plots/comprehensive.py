@@ -34,6 +34,7 @@ from knormpress.plots.style import (
 __all__ = ["draw_comprehensive", "draw_panels"]
 
 _VALUE_SIZE = 7.0
+_ON_GREEN = "#111111"  # white is too faint on that green
 
 
 def draw_comprehensive(rows: Sequence[Row], left_out: str) -> Figure:
@@ -163,7 +164,7 @@ def _memory(axes: Axes, rows: Sequence[Row]) -> None:
             horizontalalignment="center",
             verticalalignment="top" if inside else "bottom",
             fontsize=_VALUE_SIZE,
-            color="white" if inside else "black",
+            color=_ON_GREEN if inside else "black",
             path_effects=None if inside else HALO,
         )
 

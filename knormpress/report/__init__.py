@@ -51,17 +51,24 @@ def write_report(
     texts = {page: render_page(sections)}
     if markdown is not None:
         texts[markdown] = render_markdown([one for one in sections if one.identifier in _IN_SUMMARY])
+    for path in texts:
+        if path.is_dir():
+            raise KnormError(f"{path} is a folder; name a file to write to")
+    try:
+        _write_whole(texts)
+    except OSError as error:
+        raise KnormError(f"{error.filename} can't be written ({error.strerror}); name another place") from error
+
+
+def _write_whole(texts: Mapping[Path, str]) -> None:
+    for path in texts:
+        path.parent.mkdir(parents=True, exist_ok=True)
     besides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in texts}
     try:
         for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise KnormError(f"{path} is a folder; name a file to write to")
             besides[path].write_text(text, encoding="utf-8")
         for path, beside in besides.items():
             beside.replace(path)
-    except OSError as error:
-        raise KnormError(f"{error.filename} can't be written ({error.strerror}); name another place") from error
     finally:
         for beside in besides.values():
             beside.unlink(missing_ok=True)
