@@ -6,18 +6,15 @@ The page is a single file that loads nothing and runs no script; its Markdown fo
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib import style as matplotlib_style
 
-from knormpress.compare import Row, group_rows, summarize
+from knormpress.compare import group_rows, summarize
 from knormpress.errors import KnormError
 from knormpress.history import History
 from knormpress.plots.style import STYLE
@@ -25,7 +22,8 @@ from knormpress.records import Record
 from knormpress.report import past, words
 from knormpress.report.charts import CHART_STYLE, chart_blocks, inline_svg, is_large
 from knormpress.report.markdown import render_markdown
-from knormpress.report.parts import Block, Download, Section
+from knormpress.report.numbers import downloads
+from knormpress.report.parts import Section
 from knormpress.report.settings import describe_differences, environment_blocks, families
 from knormpress.verdicts import THRESHOLDS
 
@@ -103,7 +101,7 @@ def build_sections(
         Section("controls", "Controls", tuple(words.control_blocks(rows)) if rows else ()),
         Section("environment", "Environment", tuple(environment_blocks(rows)) if rows else ()),
         Section("definitions", "What the numbers mean", (words.DEFINITIONS,)),
-        Section("numbers", "Raw numbers", tuple(_downloads(records, rows, history))),
+        Section("numbers", "Raw numbers", tuple(downloads(records, rows, history))),
     ]
     return [section for section in sections if section.blocks]
 
@@ -119,64 +117,3 @@ def render_page(sections: Sequence[Section]) -> str:
 
 def _base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
-
-
-def _downloads(records: Sequence[Record], rows: Sequence[Row], history: History) -> Iterator[Block]:
-    json_lines = "application/x-ndjson"
-    if records:
-        lines = "".join(f"{record.model_dump_json()}\n" for record in records)
-        yield Download("records.jsonl", json_lines, lines, f"{len(records)} records, as they were measured: JSON Lines")
-        yield Download("results.csv", "text/csv", _csv(rows), "the tables above in full precision: CSV")
-    if history.entries:
-        lines = "".join(f"{entry.model_dump_json()}\n" for entry in history.entries)
-        yield Download("history.jsonl", json_lines, lines, f"{len(history.entries)} stored entries: JSON Lines")
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    written = io.StringIO()
-    writer = csv.writer(written)
-    changes = ("ttft", "tpot", "throughput", "ppl", "cache")
-    speed = ("ttft_s", "tpot_s", "throughput", "gap_p50_s", "gap_p90_s")
-    writer.writerow(
-        [
-            *(
-                "model",
-                "dtype",
-                "text",
-                "device",
-                "commit",
-                "method",
-                "keep_ratio",
-                "prompt_tokens",
-                "new_tokens",
-                "pairs",
-            ),
-            *(f"{name}_change_{part}" for name in changes for part in ("percent", "low", "high")),
-            *(f"{side}_{name}" for side in ("full", "pruned") for name in (*speed, "ppl", "cache_bytes")),
-            *("kl_nats", "top1"),
-        ]
-    )
-    for row in rows:
-        record = row.record
-        writer.writerow(
-            [
-                *map(_harmless, (record.model.name, record.model.dtype, record.text.name, record.environment.device)),
-                record.environment.git_commit,
-                _harmless(record.policy.method),
-                row.keep_ratio,
-                record.conditions.prompt_tokens,
-                record.conditions.new_tokens,
-                row.pairs,
-                *(figure for name in changes for figure in astuple(getattr(row, name))),
-                *(*astuple(row.baseline), row.baseline_ppl, row.baseline_cache_bytes),
-                *(*astuple(row.candidate), row.candidate_ppl, row.cache_bytes),
-                row.kl,
-                row.top1,
-            ]
-        )
-    return written.getvalue()
-
-
-def _harmless(name: str) -> str:
-    """A name as a spreadsheet shows it: one that begins like a formula would be run."""
-    return f"'{name}" if name[:1] in tuple("=+-@\t\r") and name else name

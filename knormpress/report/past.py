@@ -20,7 +20,7 @@ from knormpress.report.words import interval
 from knormpress.verdict_table import count_words, worst_first
 from knormpress.verdicts import Verdict
 
-__all__ = ["judge", "past_blocks", "verdict_blocks"]
+__all__ = ["FIGURES", "judge", "past_blocks", "verdict_blocks"]
 
 _MOST_RUNS = 30
 _TONES: dict[str, Tone] = {"ok": "good", "improved": "good", "regressed": "bad", "missing": "bad", "noise": "unsure"}
@@ -131,7 +131,7 @@ class _Past:
         return cls(entries, regressed)
 
     def charts(self) -> Iterator[Chart]:
-        for figure in _FIGURES:
+        for figure in FIGURES:
             courses = []
             for number, by_run in enumerate(self.tests.values(), start=1):
                 values = [figure.of(by_run[run]) if run in by_run else math.nan for run in self.runs]
@@ -164,11 +164,11 @@ class _Past:
                     continue
                 entry = by_run[run]
                 cells: list[Cell] = []
-                for figure in _FIGURES:
+                for figure in FIGURES:
                     text = _shown(figure.of(entry))
                     cells.append((text, "regressed") if self._fell(entry, figure) else text)
                 rows.append((str(number), entry.test, self.commits[run], entry.created[:10], *cells))
-        head = ("No.", "Test", "Commit", "Day", *(figure.label for figure in _FIGURES))
+        head = ("No.", "Test", "Commit", "Day", *(figure.label for figure in FIGURES))
         return Table("Every test over the runs, oldest first", head, tuple(rows), row_heads=2, folded=True)
 
 
@@ -200,7 +200,7 @@ def _ppl(entry: Entry) -> float:
     return percent(math.exp(float(np.concatenate(gaps).mean())))
 
 
-_FIGURES = (
+FIGURES = (
     _Figure("ttft", "Time to first token over commits", "TTFT / full cache", 1.0, _ratio(lambda run: run.ttft_s)),
     _Figure(
         "tpot", "Time per output token over commits", "TPOT / full cache", 1.0, _ratio(lambda run: sum(run.gaps_s))

@@ -256,7 +256,8 @@ def test_downloads_hold_the_records_as_they_were(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text(download(page, "records.jsonl"))
     read = list(read_records(tmp_path / "records.jsonl"))
     assert [one.model_dump_json() for one in read] == [one.model_dump_json() for one in records]
-    assert download(page, "history.jsonl").count("\n") == 1
+    (past,) = csv.DictReader(io.StringIO(download(page, "history.csv"), newline=""))
+    assert float(past["TPOT / full cache"]) == pytest.approx(0.8, rel=0.01)
     rows = list(csv.DictReader(io.StringIO(download(page, "results.csv"), newline="")))
     assert [row["keep_ratio"] for row in rows] == ["0.9", "0.5"]
     assert [row["model"] for row in rows] == [HOSTILE, "'=cmd|x"]
