@@ -30,6 +30,7 @@ Examples:
   knormpress baseline
   knormpress sweep --keep_ratios 1.0,0.9,0.8,0.7 --num_wikitext_samples 3 --prune_after 512 --skip_layers 0
   knormpress plot
+  knormpress report
 
 Options may be spelled with dashes or underscores: --keep-ratios and --keep_ratios are one.""",
     add_completion=False,
@@ -261,6 +262,37 @@ def compare(
         markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
         raise typer.Exit(_FAILED)
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Records of sweeps; those in results/ unless given.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="Write a summary to this file too, as Markdown.")] = None,
+    storage: Annotated[Path, typer.Option(help="pytest-benchmark's storage, for the history.")] = Path(".benchmarks"),
+) -> None:
+    """Write one page of verdicts, tables and charts.
+
+    A single HTML file that needs no network, from any records and the runs stored by --knorm-save.
+
+    \b
+    Examples:
+      knormpress report
+      knormpress report results/results.jsonl results-random/results.jsonl --output report.html --markdown summary.md
+    """
+    from knormpress.history import History
+    from knormpress.records import read_records
+    from knormpress.report import write_report
+
+    usual = (_RESULTS / _SWEEP_FILE, _RESULTS / _BASELINE_FILE)
+    paths = files or [path for path in usual if path.is_file()]
+    records = [record for path in paths for record in read_records(path)]
+    history = History.read(storage)
+    write_report(records, history, output, markdown)
+    for line in (*history.notes, output, *(() if markdown is None else (markdown,))):
+        typer.echo(line)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from rich.text import Text
 from knormpress.compare import Change, Row, Speed, Verdict, group_rows, judge_claims, judge_targets
 from knormpress.verdicts import speed_moved
 
-__all__ = ["WIDTH", "print_tables", "render"]
+__all__ = ["WIDTH", "cautions", "print_tables", "render"]
 
 WIDTH = 80
 """Columns that everything here fits into."""
@@ -86,22 +86,28 @@ def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Ta
     return table
 
 
-def _changes(rows: Sequence[Row]) -> Table:
+def cautions(rows: Sequence[Row]) -> list[str]:
+    """What to bear in mind of the intervals of ``rows``, in sentences: too few runs, a machine whose speed moved."""
     few = []
     if any(row.pairs < _ENOUGH_PAIRS for row in rows):
         few.append(
             f"With fewer than {_ENOUGH_PAIRS} pairs a timing's interval holds the truth less often than in 95 %."
         )
     if any(row.record.conditions.samples < _ENOUGH_DOCUMENTS for row in rows):
-        few.append(f"With fewer than {_ENOUGH_DOCUMENTS} samples PPL's interval does so too.")
+        does = "does so too" if few else "holds the truth less often than in 95 %"
+        few.append(f"With fewer than {_ENOUGH_DOCUMENTS} samples PPL's interval {does}.")
     moved = [moved for row in rows if (moved := speed_moved(row.record.latency)) is not None]
     if moved:
         few.append(f"The machine's speed moved by up to {max(map(abs, moved)):.0f} % while a ratio was timed.")
+    return few
+
+
+def _changes(rows: Sequence[Row]) -> Table:
     names = ("TTFT", "throughput", "TPOT", "PPL")
     table = _table(
         "Change against the full cache, 95 % interval beneath",
         ("keep\nratio", "compr.\n%", *(f"{name}\nchange" for name in names), "cache\nMB"),
-        " ".join(few) or None,
+        " ".join(cautions(rows)) or None,
     )
     for row in rows:
         changes = [_two_lines(change) for change in (row.ttft, row.throughput, row.tpot, row.ppl)]

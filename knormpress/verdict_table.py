@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from knormpress.verdicts import Verdict, worst
 
-__all__ = ["verdict_lines", "verdict_markdown"]
+__all__ = ["count_words", "verdict_lines", "verdict_markdown", "worst_first"]
 
 _WIDTH = 80
 _INDENT = " " * 13
@@ -16,8 +16,8 @@ _INDENT = " " * 13
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Lines of at most 80 columns, but for long names: how many of each word, then every test, the worst first."""
-    yield _counts(verdicts)
-    for verdict in _worst_first(verdicts):
+    yield count_words(verdicts)
+    for verdict in worst_first(verdicts):
         yield f"{verdict.word:<13}{verdict.test}"
         yield from textwrap.wrap(verdict.reason, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
         for finding in verdict.findings:
@@ -27,8 +27,8 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
     """A table of all tests, the worst first, and the figures of each folded away beneath."""
-    lines = [f"**{_counts(verdicts)}**", "", "| verdict | test | why |", "| --- | --- | --- |"]
-    for verdict in _worst_first(verdicts):
+    lines = [f"**{count_words(verdicts)}**", "", "| verdict | test | why |", "| --- | --- | --- |"]
+    for verdict in worst_first(verdicts):
         lines.append(f"| {verdict.word} | {_cell(verdict.test)} | {_cell(verdict.reason)} |")
     lines += ["", "<details><summary>Every figure</summary>", ""]
     lines += ["| test | metric | verdict | before | now | change |", "| --- | --- | --- | --- | --- | --- |"]
@@ -40,7 +40,8 @@ def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
     return "\n".join([*lines, "", "</details>", ""])
 
 
-def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
+def worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts in the order in which a reader needs them."""
     words = {verdict.word for verdict in verdicts}
     order = []
     while words:
@@ -49,8 +50,9 @@ def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return sorted(verdicts, key=lambda verdict: (order.index(verdict.word), verdict.test))
 
 
-def _counts(verdicts: Sequence[Verdict]) -> str:
-    counts = Counter(verdict.word for verdict in _worst_first(verdicts))
+def count_words(verdicts: Sequence[Verdict]) -> str:
+    """How many verdicts have which word, the worst first: ``1 regressed, 5 ok``."""
+    counts = Counter(verdict.word for verdict in worst_first(verdicts))
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 

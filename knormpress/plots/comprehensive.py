@@ -24,15 +24,17 @@ from knormpress.plots.style import (
     add_heading,
     keep_ratio_axis,
     new_figure,
+    panel_figure,
     pretty,
     room_for_labels,
     scale_for,
     three_digits,
 )
 
-__all__ = ["draw_comprehensive"]
+__all__ = ["draw_comprehensive", "draw_panels"]
 
 _VALUE_SIZE = 7.0
+_ON_GREEN = "#111111"  # white is too faint on that green
 
 
 def draw_comprehensive(rows: Sequence[Row], left_out: str) -> Figure:
@@ -57,6 +59,25 @@ def draw_comprehensive(rows: Sequence[Row], left_out: str) -> Figure:
     _agreement(figure.add_subplot(halves[0]), figure.add_subplot(halves[1]), rows)
     add_footer(figure, rows, left_out)
     return figure
+
+
+def draw_panels(rows: Sequence[Row]) -> dict[str, Figure]:
+    """The panels, each a small picture of its own, by the name of what it shows."""
+
+    def changes(name: str, of: Sequence[Change], better: str = "lower is better") -> Figure:
+        figure, axes = panel_figure()
+        _changes(axes, rows, of, f"{name} change (%)", better=better)
+        return figure
+
+    panels = {
+        "TTFT": changes("TTFT", [row.ttft for row in rows]),
+        "TPOT": changes("TPOT", [row.tpot for row in rows]),
+        "throughput": changes("Throughput", [row.throughput for row in rows], "higher is better"),
+    }
+    for name, draw in (("PPL", _perplexity), ("cache", _memory), ("top-1", _top1), ("KL", _divergence)):
+        panels[name], axes = panel_figure()
+        draw(axes, rows)
+    return panels
 
 
 def _title(axes: Axes, title: str, note: str) -> None:
@@ -143,18 +164,26 @@ def _memory(axes: Axes, rows: Sequence[Row]) -> None:
             horizontalalignment="center",
             verticalalignment="top" if inside else "bottom",
             fontsize=_VALUE_SIZE,
-            color="white" if inside else "black",
+            color=_ON_GREEN if inside else "black",
             path_effects=None if inside else HALO,
         )
 
 
 def _agreement(top: Axes, bottom: Axes, rows: Sequence[Row]) -> None:
-    _title(top, "Top-1 agreement (%)", "higher is better")
-    _points(top, rows, [row.top1 * 100 for row in rows], best=100.0, most=100.0, decimals=1)
+    _top1(top, rows)
     top.set_xlabel("")
     top.tick_params(labelbottom=False)
-    _title(bottom, "KL divergence (nats)", "lower is better")
-    _points(bottom, rows, [row.kl for row in rows], best=0.0, most=math.inf, decimals=3)
+    _divergence(bottom, rows)
+
+
+def _top1(axes: Axes, rows: Sequence[Row]) -> None:
+    _title(axes, "Top-1 agreement (%)", "higher is better")
+    _points(axes, rows, [row.top1 * 100 for row in rows], best=100.0, most=100.0, decimals=1)
+
+
+def _divergence(axes: Axes, rows: Sequence[Row]) -> None:
+    _title(axes, "KL divergence (nats)", "lower is better")
+    _points(axes, rows, [row.kl for row in rows], best=0.0, most=math.inf, decimals=3)
 
 
 def _points(

@@ -35,6 +35,7 @@ __all__ = [
     "keep_ratio_axis",
     "labelled_places",
     "new_figure",
+    "panel_figure",
     "plain",
     "pretty",
     "ratio_colours",
@@ -78,6 +79,13 @@ def new_figure(height: int = HEIGHT) -> Figure:
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
     return figure
+
+
+def panel_figure() -> tuple[Figure, Axes]:
+    """An empty picture of one panel, with no heading or footer: small enough to be read on a phone."""
+    figure = Figure(figsize=(4.0, 2.9), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
 
 
 def pretty(text: str) -> str:

@@ -24,12 +24,13 @@ from knormpress.plots.style import (
     add_heading,
     add_legend,
     new_figure,
+    panel_figure,
     ratio_colours,
     room_for_labels,
     scale_for,
 )
 
-__all__ = ["draw_tradeoff"]
+__all__ = ["draw_tradeoff", "draw_tradeoff_panel"]
 
 _Extents = NDArray[np.float64]  # x0, y0, x1, y1 in pixels
 
@@ -40,14 +41,34 @@ def draw_tradeoff(rows: Sequence[Row], left_out: str) -> Figure:
     """The change in TPOT across, the change in PPL upward, with intervals both ways and the target for PPL shaded."""
     figure = new_figure()
     axes = figure.add_axes((0.075, 0.15, 0.905, 0.71))
-    reach = [end for row in rows for end in row.ppl.ends]
-    logarithmic = scale_for(axes, reach)
+    logarithmic = _draw_points(axes, rows)
     add_heading(
         figure,
         "What speed costs in quality",
         "Each point is one keep ratio against the full cache measured in the same run; whiskers are 95 % intervals."
         + (" The PPL axis is logarithmic beyond 10 %." if logarithmic else ""),
     )
+    points = Line2D([], [], marker="o", linestyle="", color=GREY, label="keep ratio, written beside each point")
+    add_legend(figure, [points, Patch(color=BAND, label="target: PPL within \N{PLUS-MINUS SIGN}5 %")])
+    add_footer(figure, rows, left_out)
+    _label_points(axes, rows)
+    return figure
+
+
+def draw_tradeoff_panel(rows: Sequence[Row]) -> Figure:
+    """The same as one small panel, without heading, legend and footer."""
+    figure, axes = panel_figure()
+    _draw_points(axes, rows)
+    # Labels look for room in pixels, which the layout decides.
+    figure.draw_without_rendering()
+    _label_points(axes, rows)
+    return figure
+
+
+def _draw_points(axes: Axes, rows: Sequence[Row]) -> bool:
+    """Everything but the labels; returns whether the axis of PPL is logarithmic."""
+    reach = [end for row in rows for end in row.ppl.ends]
+    logarithmic = scale_for(axes, reach)
     add_band(axes)
     axes.axhline(0.0, color=GREY, linewidth=0.8)
     axes.axvline(0.0, color=GREY, linewidth=0.8)
@@ -75,11 +96,7 @@ def draw_tradeoff(rows: Sequence[Row], left_out: str) -> Figure:
     axes.grid()
     axes.set_xlabel("TPOT change (%), further left is faster")
     axes.set_ylabel("PPL change (%), lower is better")
-    points = Line2D([], [], marker="o", linestyle="", color=GREY, label="keep ratio, written beside each point")
-    add_legend(figure, [points, Patch(color=BAND, label="target: PPL within \N{PLUS-MINUS SIGN}5 %")])
-    add_footer(figure, rows, left_out)
-    _label_points(axes, rows)
-    return figure
+    return logarithmic
 
 
 def _label_points(axes: Axes, rows: Sequence[Row]) -> None:

@@ -78,6 +78,7 @@ def test_ci_runs_the_line_that_the_readme_shows() -> None:
         "knormpress.records",
         "knormpress.compare",
         "knormpress.plots",
+        "knormpress.report",
         "knormpress.cli",
         "knormpress.pytest_plugin",
     ],
