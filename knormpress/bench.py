@@ -50,6 +50,7 @@ class Bench:
     """
 
     model: PreTrainedModel
+    tokenizer: Any
     ids: Tensor
     start: Tensor
     environment: Environment
@@ -68,6 +69,7 @@ class Bench:
         first = tokenizer("a").input_ids[:1]
         return cls(
             model=loaded.model,
+            tokenizer=tokenizer,
             ids=torch.tensor(tokenizer(corpus.text, add_special_tokens=False, verbose=False).input_ids),
             start=torch.tensor(first if first == [tokenizer.bos_token_id] else [], dtype=torch.long),
             environment=describe_environment(device),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
+from scipy.stats import binomtest
 
 from knormpress.intervals import SEED, Change, Floats, percent, spanning
 from knormpress.records import DocumentScore
 
-__all__ = ["documents_to_decide", "gate", "ppl_change"]
+__all__ = ["documents_to_decide", "gate", "passkey_gate", "ppl_change"]
 
 _RESAMPLES = 2_000
 _BLOCK = 64
 
 
-def gate(change: Change, tolerance: float) -> Literal["pass", "fail", "inconclusive"]:
+Verdict: TypeAlias = Literal["pass", "fail", "inconclusive"]
+
+
+def gate(change: Change, tolerance: float) -> Verdict:
     """Whether a change stays within +-``tolerance`` %: decided by its whole interval, or not at all.
 
     ``pass`` if the interval lies within the tolerance, ``fail`` if it lies outside, ``inconclusive`` if it crosses the
@@ -28,6 +32,23 @@ def gate(change: Change, tolerance: float) -> Literal["pass", "fail", "inconclus
     if -tolerance <= change.low and change.high <= tolerance:
         return "pass"
     return "fail" if change.low > tolerance or change.high < -tolerance else "inconclusive"
+
+
+def passkey_gate(found: int, known: int, share: float) -> tuple[Verdict, str]:
+    """Whether ``found`` of ``known`` passkeys are ``share`` of them or more, and what was measured, in words.
+
+    The whole 95 % interval of the proportion decides: E. B. Wilson's (1927), which holds near 1 as well.
+    """
+    if not known:
+        return "inconclusive", "the full cache found no passkey, so that none can be lost"
+    interval = binomtest(found, known).proportion_ci(method="wilson")
+    text = (
+        f"{found} of the {known} passkeys found that the full cache finds: {100 * found / known:.0f} % "
+        f"({100 * interval.low:.0f}..{100 * interval.high:.0f}), wanted {100 * share:g} %"
+    )
+    if interval.low >= share:
+        return "pass", text
+    return ("fail" if interval.high < share else "inconclusive"), text
 
 
 def documents_to_decide(change: Change, tolerance: float, documents: int) -> int | None:

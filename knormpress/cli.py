@@ -6,11 +6,28 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from knormpress.errors import KnormError
+from knormpress.options import (
+    CorpusText,
+    Device,
+    Dtype,
+    Fresh,
+    Model,
+    NewTokens,
+    Output,
+    Precision,
+    PrefillChunk,
+    PromptTokens,
+    Rounds,
+    Samples,
+    Seconds,
+    numbers,
+    words,
+)
 from knormpress.press import KnormPress
 from knormpress.progress import TerminalProgress
 
@@ -19,8 +36,6 @@ if TYPE_CHECKING:
     from knormpress.sweep import SweepSettings
 
 __all__ = ["app", "main"]
-
-_Number = TypeVar("_Number", int, float)
 
 app = typer.Typer(
     help="Keep the KV-cache tokens with the lowest key norms, and measure honestly what that costs and gains.",
@@ -41,25 +56,6 @@ Options may be spelled with dashes or underscores: --keep-ratios and --keep_rati
         "help_option_names": ["-h", "--help"],
     },
 )
-
-Model = Annotated[str | None, typer.Option(help="Hub id or local folder; SmolLM2-135M-Instruct unless given.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps or xpu; several separated by commas.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-CorpusText = Annotated[
-    str | None,
-    typer.Option("--corpus", help="wikitext, prose, or a text file; unless given, WikiText-2 where it can be had."),
-]
-PromptTokens = Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")]
-NewTokens = Annotated[int, typer.Option(help="Tokens to generate in each timed run, at least 2.")]
-PrefillChunk = Annotated[int | None, typer.Option(help="Send prompts in chunks of so many tokens; whole unless given.")]
-Samples = Annotated[
-    int, typer.Option("--num-wikitext-samples", "--samples", help="Documents on which perplexity is measured.")
-]
-Rounds = Annotated[int, typer.Option(help="Timed pairs of runs for each cell at least.")]
-Precision = Annotated[float, typer.Option(help="Half width in % of the timings' intervals at which no more are timed.")]
-Seconds = Annotated[float, typer.Option(help="Beyond --rounds, no pair of a cell is begun after so many seconds.")]
-Output = Annotated[Path, typer.Option(help="Folder of the results.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew; the earlier results are renamed.")]
 
 _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
@@ -96,7 +92,7 @@ def baseline(
       knormpress baseline
       knormpress baseline --device cuda --dtype bfloat16 --prompt-tokens 1024,8192
     """
-    lengths = _numbers("prompt_tokens", prompt_tokens, int)
+    lengths = numbers("prompt_tokens", prompt_tokens, int)
 
     from knormpress.baseline import describe_baseline
     from knormpress.sweep import SweepSettings
@@ -114,7 +110,7 @@ def baseline(
         model=model,
         dtype=dtype,
         corpus=corpus,
-        devices=_words(device),
+        devices=words(device),
     )
     for record in _measure(settings, output / _BASELINE_FILE, fresh):
         typer.echo("")
@@ -134,8 +130,10 @@ def sweep(
         str, typer.Option(help='Layers never pruned, separated by commas, or "none"; -1 is the last.')
     ] = "0",
     method: Annotated[
-        str, typer.Option(help="knorm, random, highest-norm, recent-window, full, or module:object for your own.")
+        str,
+        typer.Option(help="knorm, full, a control (random, highest-norm, recent-window, keydiff), or module:object."),
     ] = "knorm",
+    plan: Annotated[Path | None, typer.Option(help="Measure this plan of knormpress tune too.")] = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -160,12 +158,13 @@ def sweep(
       knormpress sweep --keep-ratios 0.9,0.5 --samples 2 --skip-layers none
       knormpress sweep --method random --keep-ratios 0.7 --output results-random
     """
-    skipped = () if skip_layers.strip().lower() in ("", "none") else _numbers("skip_layers", skip_layers, int)
-    ratios = _numbers("keep_ratios", keep_ratios, float)
+    skipped = () if skip_layers.strip().lower() in ("", "none") else numbers("skip_layers", skip_layers, int)
+    ratios = numbers("keep_ratios", keep_ratios, float)
     presses = [KnormPress(keep_ratio=ratio, prune_after=prune_after, skip_layers=skipped) for ratio in ratios]
-    lengths = _numbers("prompt_tokens", prompt_tokens, int)
+    lengths = numbers("prompt_tokens", prompt_tokens, int)
 
     from knormpress.compare import summarize
+    from knormpress.plan import read_plan
     from knormpress.sweep import SweepSettings
     from knormpress.table import print_tables
 
@@ -179,15 +178,68 @@ def sweep(
         precision=precision,
         seconds=seconds,
         prefill_chunk=prefill_chunk,
+        plan=None if plan is None else read_plan(plan),
         model=model,
         dtype=dtype,
         corpus=corpus,
-        devices=_words(device),
+        devices=words(device),
     )
     path = output / _SWEEP_FILE
     records = _measure(settings, path, fresh)
     print_tables(map(summarize, records))
     typer.echo(f"results: {path}; pictures: knormpress plot {path}")
+
+
+@app.command()
+def tune(
+    *,
+    target_ppl: Annotated[str, typer.Option(help="Rise of perplexity that is allowed, in %.")] = "5%",
+    target_passkey: Annotated[
+        str, typer.Option(help='Share of the passkeys that must still be found, or "none".')
+    ] = "0.9",
+    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan comes on top.")] = 5.0,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    corpus: CorpusText = None,
+    context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned behind.")] = 1024,
+    output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / "plan.json",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier search measured.")] = False,
+) -> None:
+    """Find the keep ratio of each layer with which least is kept within a loss.
+
+    The search sees one half of the text's documents; the plan is measured on the others, beside uniform ratios and
+    other methods. Stopped, the same command goes on where it was.
+
+    \b
+    Examples:
+      knormpress tune --target-ppl 5%
+      knormpress tune --target-ppl 1% --target-passkey none --minutes 20 --output plan-1.json
+      knormpress sweep --plan results/plan.json --keep-ratios 1.0,0.8
+    """
+    from knormpress.bench import Bench
+    from knormpress.corpora import load_corpus
+    from knormpress.devices import resolve
+    from knormpress.plan_table import print_plan
+    from knormpress.tune import Targets
+    from knormpress.tune import tune as search
+
+    (percent,) = numbers("target_ppl", target_ppl.strip().removesuffix("%"), float)[:1]
+    share = None if target_passkey.strip().lower() == "none" else numbers("target_passkey", target_passkey, float)[0]
+    targets = Targets(percent, share)
+    try:
+        with TerminalProgress() as progress:
+            text = load_corpus(corpus)
+            progress.say(text.notice)
+            bench = Bench.open(model, text, device=resolve(device), dtype=dtype)
+            plan = search(bench, targets, output, context=context, minutes=minutes, fresh=fresh, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("stopped: what was measured is kept, and the same command without --fresh goes on", err=True)
+        raise typer.Exit(_STOPPED) from None
+    print_plan(plan)
+    typer.echo(
+        f"plan: {output}; pictures: knormpress plot {output}; use it: KnormPress.from_plan({str(output)!r}, model)"
+    )
 
 
 @app.command()
@@ -348,18 +400,3 @@ def _measure(settings: SweepSettings, path: Path, fresh: bool) -> list[Record]:
         again = "the same command without --fresh" if fresh else "the same command"
         typer.echo(f"stopped: finished cells are kept in {path}, and {again} goes on from there", err=True)
         raise typer.Exit(_STOPPED) from None
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:
-    words = _words(text)
-    if not words:
-        raise KnormError(f"--{option} is empty; wanted numbers separated by commas")
-    try:
-        return tuple(kind(word) for word in words)
-    except ValueError:
-        numbers = "whole numbers" if kind is int else "numbers"
-        raise KnormError(f"--{option} is {text!r}; wanted {numbers} separated by commas") from None

@@ -32,6 +32,7 @@ __all__ = [
     "MethodFactory",
     "ScoredPress",
     "highest_norm",
+    "key_difference",
     "make_method",
     "method_names",
     "random_order",
@@ -103,6 +104,12 @@ def recent_window(keys: Tensor, positions: Tensor, *_: object) -> Tensor:
     return age.float().expand(keys.shape[:-1])
 
 
+def key_difference(keys: Tensor, *_: object) -> Tensor:
+    """Keep the keys that point away from the mean of all, as KeyDiff does (Park et al., 2025, arXiv 2504.15364)."""
+    directions = torch.nn.functional.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+    return torch.nn.functional.cosine_similarity(directions, directions.mean(dim=2, keepdim=True), dim=-1)
+
+
 def _full(press: KnormPress) -> Method:
     if press.layer_keep_ratios is not None or press.keep_ratio != 1.0:
         raise KnormError(
@@ -121,6 +128,7 @@ _BUILT_IN: dict[str, MethodFactory] = {
     "random": _scored(random_order),
     "highest-norm": _scored(highest_norm),
     "recent-window": _scored(recent_window),
+    "keydiff": _scored(key_difference),
 }
 
 

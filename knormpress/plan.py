@@ -28,7 +28,7 @@ class Point:
 
     Args:
         name: ``"tuned"``, ``"tuned for perplexity"``, ``"uniform"``, or the name of another method.
-        press: the policy, as ``KnormPress.as_dict`` gives it.
+        press: the policy.
         mean_keep: mean of the layers' keep ratios.
         ppl: change of perplexity in %, and the ends of its 95 % interval.
         kl: mean divergence from the full cache's predictions, in nats.
@@ -36,7 +36,7 @@ class Point:
     """
 
     name: str
-    press: dict[str, Any]
+    press: KnormPress
     mean_keep: float
     ppl: tuple[float, float, float]
     kl: float
@@ -47,8 +47,8 @@ class Point:
 class Sensitivities:
     """What pruning one layer alone does, on the calibration text: ``text[i][j]`` of layer i at ``ratios[j]``.
 
-    ``text`` is in nats a token, the mean of the divergence and of the rise in negative log-likelihood; ``passkey`` is the
-    rise of a key's negative log-likelihood in nats.
+    ``text`` is in nats a token, the mean of the divergence and of the rise in negative log-likelihood; ``passkey`` is
+    the rise of a key's negative log-likelihood in nats.
     """
 
     ratios: tuple[float, ...]
@@ -144,7 +144,7 @@ def read_plan(path: str | Path) -> Plan:
     try:
         return Plan(
             press=KnormPress(**_tuples(values.pop("press"))),
-            frontier=tuple(Point(**_point(point)) for point in values.pop("frontier")),
+            frontier=tuple(map(_point, values.pop("frontier"))),
             sensitivities=_made(Sensitivities, values.pop("sensitivities")),
             kept=_made(KeptTokens, values.pop("kept")),
             **_with_model(values),
@@ -157,9 +157,9 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _deep_tuple(value) for name, value in values.items()}
 
 
-def _point(values: dict[str, Any]) -> dict[str, Any]:
-    point = _tuples(values)
-    if not all(math.isfinite(number) for number in (*point["ppl"], point["kl"], point["mean_keep"])):
+def _point(values: dict[str, Any]) -> Point:
+    point = Point(**_tuples(values | {"press": KnormPress(**_tuples(values["press"]))}))
+    if not all(math.isfinite(number) for number in (*point.ppl, point.kl, point.mean_keep)):
         raise TypeError("a figure of its frontier is not finite")
     return point
 

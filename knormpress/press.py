@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from knormpress.errors import KnormError
@@ -74,6 +75,24 @@ class KnormPress:
         from knormpress.cache import pruned_generation
 
         return pruned_generation(model, self)
+
+    @classmethod
+    def from_plan(cls, path: str | Path, model: PreTrainedModel) -> KnormPress:
+        """The policy that ``knormpress tune`` found for ``model``.
+
+        Args:
+            path: the plan file.
+            model: the model, in the type that the plan was tuned in.
+
+        Raises:
+            KnormError: there is no plan at ``path``, or it is for another model.
+        """
+        from knormpress.plan import read_plan
+        from knormpress.saving import fingerprint
+
+        plan = read_plan(path)
+        plan.expect(fingerprint(model), str(path))
+        return plan.press
 
     def ratios(self, layers: int) -> tuple[float, ...]:
         """The keep ratio of each of a model's ``layers`` layers.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Progress", "TerminalProgress"]
+__all__ = ["Progress", "TerminalProgress", "ticking"]
 
 
 class Progress:
@@ -17,6 +18,19 @@ class Progress:
 
     def step(self, done: int, total: int, doing: str) -> None:
         """``done`` of ``total`` steps of about equal length are behind; ``doing`` is under way."""
+
+
+def ticking(progress: Progress, total: int, doing: str) -> Callable[[], None]:
+    """A function to call after each of ``total`` equal steps."""
+    done = 0
+    progress.step(0, total, doing)
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress.step(done, total, doing)
+
+    return tick
 
 
 _logger = logging.getLogger("knormpress")

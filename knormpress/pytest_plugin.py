@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from knormpress.errors import KnormError
+from knormpress.plugin_options import FLAGS, OPTIONS, devices, flag, number, press_id, presses, setting, told
 from knormpress.press import KnormPress
 
 if TYPE_CHECKING:
@@ -32,42 +33,22 @@ __all__ = [
     "knorm_latency",
     "knorm_memory",
     "knorm_method",
+    "knorm_passkey_gate",
+    "knorm_passkeys",
     "knorm_ppl_tolerance",
     "knorm_quality",
 ]
-
-_DEVICES = "cpu,cuda,mps,xpu"
-
-_OPTIONS = {
-    "model": ("", "hub id or folder of the model under test; the default model unless given"),
-    "device": ("", f"comma-separated devices that must be there, or auto; unless given, those of {_DEVICES} that are"),
-    "keep-ratios": ("1.0,0.9,0.8,0.7", "comma-separated keep ratios of tests that take knorm_press"),
-    "prune-after": ("512", "tokens a layer sees before it is pruned for the first time"),
-    "skip-layers": ("0", "comma-separated layers that are never pruned; none for no layer"),
-    "corpus": ("", "wikitext, prose, or a text file; wikitext where it can be had, else prose, unless given"),
-    "samples": ("16", "documents that quality is measured on"),
-    "ppl-tolerance": ("5", "change of perplexity in % that a quality gate lets pass, either way"),
-    "method": ("knorm", "the method under test: a name, or module:object"),
-    "precision": ("3", "half width in % of the timings' intervals at which rounds end"),
-    "seconds": ("20", "time after which a test's rounds end, however wide the intervals are"),
-    "thresholds": ("", "losses in % that --knorm-compare allows, such as tpot=5,bytes=0.5"),
-}
-
-_FLAGS = {
-    "save": "store what the tests measured in pytest-benchmark's storage",
-    "compare": "--knorm-save, and fail a test that is worse than in the nearest ancestor commit that has data",
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the ``--knorm-*`` options; each is also an ini setting of the same name with underscores."""
     group = parser.getgroup("knormpress", "KV-cache methods: speed, memory and quality")
-    for name, (default, text) in _OPTIONS.items():
+    for name, (default, text) in OPTIONS.items():
         # argparse formats the help of options, so that a % must be doubled there; pytest does not that of settings.
         help_text = f"{text} [{default or 'unset'}]".replace("%", "%%")
         group.addoption(f"--knorm-{name}", metavar="VALUE", help=help_text)
         parser.addini(f"knorm_{name.replace('-', '_')}", help=text, default=default)
-    for name, text in _FLAGS.items():
+    for name, text in FLAGS.items():
         group.addoption(f"--knorm-{name}", action="store_true", default=None, help=text)
         parser.addini(f"knorm_{name}", help=text, type="bool", default=False)
 
@@ -75,30 +56,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and read what is stored before anything is measured."""
     config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
-    if _flag(config, "save") or _flag(config, "compare"):
-        config.stash[_RUN] = _told(lambda: _Run.begin(config))
+    if flag(config, "save") or flag(config, "compare"):
+        config.stash[_RUN] = told(lambda: _Run.begin(config))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse, in one line and before anything is collected, what the command line asks for and can't have."""
     if session.config.getoption("--knorm-device") is not None:
-        _devices(session.config)
-    _told(lambda: _presses(session.config))
+        devices(session.config)
+    told(lambda: presses(session.config))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that take a device or a press once for each device and keep ratio asked for."""
     if "knorm_device" in metafunc.fixturenames:
-        metafunc.parametrize("knorm_device", _devices(metafunc.config), scope="session")
+        metafunc.parametrize("knorm_device", devices(metafunc.config), scope="session")
     if "knorm_press" in metafunc.fixturenames:
-        presses = _told(lambda: _presses(metafunc.config))
-        metafunc.parametrize("knorm_press", presses, ids=[str(press.keep_ratio) for press in presses])
+        policies = told(lambda: presses(metafunc.config))
+        metafunc.parametrize("knorm_press", policies, ids=list(map(press_id, policies)))
 
 
 @pytest.fixture(scope="session")
 def knorm_bench(knorm_device: str, request: pytest.FixtureRequest) -> Bench:
     """The model on the device, with the text in tokens; loaded once a session."""
-    return _bench(knorm_device, _setting(request.config, "model"), _setting(request.config, "corpus"))
+    bench = _bench(knorm_device, setting(request.config, "model"), setting(request.config, "corpus"))
+    plan = setting(request.config, "plan")
+    if plan:
+        from knormpress.plan import read_plan
+        from knormpress.saving import fingerprint
+
+        read_plan(plan).expect(fingerprint(bench.model), plan)
+    return bench
 
 
 @pytest.fixture
@@ -106,13 +94,13 @@ def knorm_method(knorm_press: KnormPress, request: pytest.FixtureRequest) -> Met
     """The method under test, under the policy ``knorm_press``."""
     from knormpress.methods import make_method
 
-    return make_method(_setting(request.config, "method"), knorm_press)
+    return make_method(setting(request.config, "method"), knorm_press)
 
 
 @pytest.fixture(scope="session")
 def knorm_ppl_tolerance(request: pytest.FixtureRequest) -> float:
     """Change of perplexity in % that passes, either way."""
-    tolerance: float = _number(request.config, "ppl-tolerance", float)
+    tolerance: float = number(request.config, "ppl-tolerance", float)
     return tolerance
 
 
@@ -130,11 +118,14 @@ def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.Fix
     """Time a method's generations in turn with the full cache's; pytest-benchmark's table and JSON show them.
 
     Called as ``knorm_latency(method, prompt_tokens=1024, new_tokens=32, rounds=5, prefill_chunk=None)``; from
-    ``rounds`` pairs on it goes on until ``--knorm-precision`` or ``--knorm-seconds`` is reached.
+    ``rounds`` pairs on it goes on until ``--knorm-precision`` or ``--knorm-seconds`` is reached; with ``--knorm-quick``
+    it ends after two.
     """
     from knormpress.testing import Patience
 
-    patience = Patience(*(_number(request.config, name, float) for name in ("precision", "seconds")))
+    quick = flag(request.config, "quick")
+    seconds = 0.0 if quick else number(request.config, "seconds", float)
+    patience = Patience(number(request.config, "precision", float), seconds)
 
     def measure(
         method: Method,
@@ -150,7 +141,7 @@ def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.Fix
             patience,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            rounds=rounds,
+            rounds=min(rounds, 2) if quick else rounds,
             prefill_chunk=prefill_chunk,
         )
 
@@ -181,7 +172,7 @@ def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callabl
     def measure(methods: Sequence[Method], *, context: int = 1024, scored: int = 256) -> list[Scored]:
         from knormpress.testing import score
 
-        samples = _number(request.config, "samples", int)
+        samples = number(request.config, "samples", int)
         return score(knorm_bench, methods, context=context, scored=scored, samples=samples)
 
     return measure
@@ -204,6 +195,46 @@ def knorm_gate(
         found = method if isinstance(method, Scored) else knorm_quality([method], **lengths)[0]
         _knorm_measured.quality(found)
         verdict, measured = gated(found, knorm_ppl_tolerance)
+        if verdict == "inconclusive":
+            pytest.xfail(f"inconclusive: {measured}")
+        if verdict == "fail":
+            pytest.fail(measured, pytrace=False)
+
+    return decide
+
+
+@pytest.fixture(scope="session")
+def knorm_passkeys(knorm_bench: Bench) -> Callable[..., list[tuple[int, int]]]:
+    """Ask the caches of several methods for numbers hidden in filler text, see ``metrics.passkey``.
+
+    Called as ``knorm_passkeys([method, ...], count=40)``; returns for each how many keys it found, and how many of the
+    ``count`` the full cache found: the others are not asked for.
+    """
+
+    def ask(methods: Sequence[Method], *, count: int = 40) -> list[tuple[int, int]]:
+        from knormpress.held_out import ask_passkeys
+
+        return ask_passkeys(knorm_bench, methods, count)
+
+    return ask
+
+
+@pytest.fixture
+def knorm_passkey_gate(
+    knorm_passkeys: Callable[..., list[tuple[int, int]]], request: pytest.FixtureRequest
+) -> Callable[..., None]:
+    """Let the test pass only if a method finds ``--knorm-passkey-share`` of the keys that the full cache finds.
+
+    Called as ``knorm_passkey_gate(method, count=40)``, or with the pair that ``knorm_passkeys`` gave. The whole 95 %
+    interval (Wilson's) decides, as in ``knorm_gate``.
+    """
+    wanted = number(request.config, "passkey-share", float)
+
+    def decide(method: Method | tuple[int, int], **count: int) -> None:
+        from knormpress.changes import passkey_gate
+
+        found = method if isinstance(method, tuple) else knorm_passkeys([method], **count)[0]
+        verdict, measured = passkey_gate(*found, wanted)
         if verdict == "inconclusive":
             pytest.xfail(f"inconclusive: {measured}")
         if verdict == "fail":
@@ -280,9 +311,9 @@ class _Run:
         storage = Path(place if separator else kind)
         if separator and kind != "file":
             raise KnormError(f"--benchmark-storage is a {kind}; entries are stored in a folder: give file://FOLDER")
-        compares = _flag(config, "compare")
+        compares = flag(config, "compare")
         history = History.read(storage) if compares else History(())
-        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(_setting(config, "thresholds")))
+        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
 
     def finish(self, item: pytest.Item, entry: Entry) -> tuple[Entry, str]:
         """Judge ``entry`` and store it with the words found; returns it, and what the test is to fail with."""
@@ -353,55 +384,3 @@ def _bench(device: str, model: str, corpus: str) -> Bench:
     from knormpress.devices import resolve
 
     return Bench.open(model or None, load_corpus(corpus or None), device=resolve(device), dtype="float32")
-
-
-def _setting(config: pytest.Config, name: str) -> str:
-    given = config.getoption(f"--knorm-{name}")
-    return str(config.getini(f"knorm_{name.replace('-', '_')}") if given is None else given)
-
-
-def _flag(config: pytest.Config, name: str) -> bool:
-    return bool(config.getoption(f"--knorm-{name}") or config.getini(f"knorm_{name}"))
-
-
-def _devices(config: pytest.Config) -> list[Any]:
-    from knormpress.devices import resolve, usable
-
-    asked = _setting(config, "device")
-    if asked:
-        # Where a device is asked for and missing, nothing is skipped: a run in which all is skipped looks like success.
-        return [str(_told(functools.partial(resolve, device.strip()))) for device in asked.split(",")]
-    found = []
-    for device in _DEVICES.split(","):
-        reason = usable(device)
-        marks = [] if reason is None else [pytest.mark.skip(reason=f"{device}: {reason}")]
-        found.append(pytest.param(device, marks=marks))
-    return found
-
-
-def _presses(config: pytest.Config) -> list[KnormPress]:
-    skipped = _setting(config, "skip-layers")
-    layers = [] if skipped in ("", "none") else [_parsed("skip-layers", part, int) for part in skipped.split(",")]
-    prune_after = _parsed("prune-after", _setting(config, "prune-after"), int)
-    return [
-        KnormPress(_parsed("keep-ratios", part, float), prune_after=prune_after, skip_layers=tuple(layers))
-        for part in _setting(config, "keep-ratios").split(",")
-    ]
-
-
-def _number(config: pytest.Config, name: str, kind: Callable[[str], Any]) -> Any:
-    return _told(lambda: _parsed(name, _setting(config, name), kind))
-
-
-def _parsed(name: str, text: str, kind: Callable[[str], Any]) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise KnormError(f"--knorm-{name} is {text!r}; wanted a number") from None
-
-
-def _told(ask: Callable[[], Any]) -> Any:
-    try:
-        return ask()
-    except KnormError as error:
-        raise pytest.UsageError(str(error)) from None

@@ -8,6 +8,7 @@ are not committed are not seen: use ``fresh`` after them.
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,6 +22,7 @@ from knormpress.corpora import load_corpus
 from knormpress.devices import resolve
 from knormpress.errors import KnormError
 from knormpress.methods import make_method
+from knormpress.plan import Plan
 from knormpress.press import KnormPress
 from knormpress.progress import Progress
 from knormpress.records import (
@@ -34,6 +36,7 @@ from knormpress.records import (
     append_record,
     read_records,
 )
+from knormpress.saving import fingerprint
 
 __all__ = ["SweepSettings", "run"]
 
@@ -53,6 +56,7 @@ class SweepSettings:
         precision: half width in % (> 0) of the timings' intervals at which no more pairs are timed.
         seconds: beyond ``rounds``, time (>= 0) after which no more pairs are begun.
         prefill_chunk: tokens (>= 1) of a prompt that a forward pass takes at most; None sends it whole.
+        plan: one more policy, that of a plan file.
         model, dtype: see ``models.load_model``.
         corpus: see ``corpora.load_corpus``.
         devices: see ``devices.resolve``.
@@ -71,12 +75,15 @@ class SweepSettings:
     precision: float = 3.0
     seconds: float = 20.0
     prefill_chunk: int | None = None
+    plan: Plan | None = None
     model: str | None = None
     dtype: str = "float32"
     corpus: str | None = None
     devices: tuple[str, ...] = ("auto",)
 
     def __post_init__(self) -> None:
+        if self.plan is not None:
+            object.__setattr__(self, "presses", (*self.presses, self.plan.press))
         for name, example in (("presses", "keep ratio 0.9"), ("prompt_tokens", "1024"), ("devices", "cpu")):
             values = tuple(dict.fromkeys(getattr(self, name)))
             if not values:
@@ -177,10 +184,10 @@ def _measure(
             continue
         method = make_method(settings.method, press)
         if press.drops:
-            benches.refuse_unpruned(f"method {settings.method!r} at keep ratio {press.keep_ratio}", qualities[press])
-        steps.begin(f"memory, keep ratio {press.keep_ratio}")
+            benches.refuse_unpruned(f"method {settings.method!r} at {_ratio(press)}", qualities[press])
+        steps.begin(f"memory, {_ratio(press)}")
         memory = benches.memory(bench, prompt, method, prefill_chunk=chunk, after_run=steps.tick)
-        steps.begin(f"timing, keep ratio {press.keep_ratio}")
+        steps.begin(f"timing, {_ratio(press)}")
         latency = benches.latency(
             bench,
             prompt,
@@ -230,7 +237,15 @@ def _key_of(environment: Environment, model: ModelInfo, text: TextInfo, policy: 
     return clean, model.fingerprint, model.dtype, text.sha256, policy, conditions
 
 
+def _ratio(press: KnormPress) -> str:
+    if press.layer_keep_ratios is None:
+        return f"keep ratio {press.keep_ratio}"
+    return f"a plan of mean keep ratio {statistics.fmean(press.layer_keep_ratios):.3f}"
+
+
 def _check_presses(settings: SweepSettings, bench: Bench) -> None:
+    if settings.plan is not None:
+        settings.plan.expect(fingerprint(bench.model), "--plan")
     for press in settings.presses:
         if press.drops and min(press.ratios(bench.layers)) == 1.0:
             raise KnormError(

@@ -11,17 +11,15 @@ The scored tokens come in one pass, so the cache is not pruned again among them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from knormpress.errors import KnormError
-from knormpress.metrics.forward import Method, prefill
+from knormpress.metrics.forward import Method, filled_cache, prefill
 from knormpress.press import KnormPress
 
 __all__ = ["DocumentQuality", "Score", "score_document"]
@@ -93,28 +91,12 @@ def score_document(
             # A copy is scored, so that `full` still ends with the prompt when the candidates take it.
             reference = _Reference(_teacher_forced(model, fed, copy.deepcopy(full)), targets)
         tokens_held = _tokens_held(full)
-        whole = all(type(layer) is DynamicLayer for layer in full.layers)
-        source = full if whole and prefill_chunk is None else None
         scores = []
         for candidate in candidates:
-            with _filled_cache(model, candidate, prompt, source, prefill_chunk) as cache:
+            with filled_cache(model, candidate, prompt, full, chunk=prefill_chunk) as cache:
                 _refuse_unpruned(candidate, cache, tokens_held, context)
                 scores.append(reference.compare(_teacher_forced(model, fed, cache)))
     return DocumentQuality(baseline_nll=tuple(reference.nll), candidates=tuple(scores))
-
-
-@contextmanager
-def _filled_cache(
-    model: PreTrainedModel, method: Method, prompt: Tensor, source: Cache | None, chunk: int | None
-) -> Iterator[Cache]:
-    with method(model) as new_cache:
-        cache = new_cache()
-        prefill_from = getattr(cache, "prefill_from", None)
-        if source is not None and prefill_from is not None:
-            prefill_from(source)
-        else:
-            prefill(model, prompt, cache, chunk=chunk)
-        yield cache
 
 
 def _teacher_forced(model: PreTrainedModel, fed: Tensor, cache: Cache) -> Tensor:
@@ -139,11 +121,6 @@ def _refuse_unpruned(method: Method, cache: Cache, full: list[int], context: int
     )
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    # float64 on the host gives the same figures on every device; MPS has no float64 of its own.
-    return logits.cpu().double().log_softmax(dim=-1)
-
-
 class _Reference:
     """The full cache's predictions on one document, read once for all candidates."""
 
@@ -151,36 +128,41 @@ class _Reference:
         self.targets = targets
         self.probabilities = torch.empty(logits.shape, dtype=torch.float64)
         self.first_choice = logits.argmax(dim=-1).cpu()
-        self.nll: list[float] = []
-        self.entropy = 0.0
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
-            log_probabilities = _log_probabilities(logits[rows])
-            self.probabilities[rows] = log_probabilities.exp()
-            self.entropy -= self._expected(rows, log_probabilities)
-            self.nll += _nll_of(log_probabilities, targets[rows])
+            torch.softmax(_on_host(logits[rows]), dim=-1, out=self.probabilities[rows])
+        self.nll, self.entropy = self._read(logits)
 
     def compare(self, logits: Tensor) -> Score:
         """Score the logits (S, V) of a candidate on the same tokens."""
-        nll: list[float] = []
-        cross_entropy = 0.0
-        for start in range(0, len(self.targets), _ROWS):
-            rows = slice(start, start + _ROWS)
-            log_probabilities = _log_probabilities(logits[rows])
-            cross_entropy -= self._expected(rows, log_probabilities)
-            nll += _nll_of(log_probabilities, self.targets[rows])
+        nll, cross_entropy = self._read(logits)
         agreed = (logits.argmax(dim=-1).cpu() == self.first_choice).double().mean()
         # Equal logits give equal sums, so a candidate that lost nothing has a divergence of exactly 0.
         return Score(tuple(nll), max(0.0, cross_entropy - self.entropy) / len(self.targets), float(agreed))
 
-    def _expected(self, rows: slice, log_probabilities: Tensor) -> float:
-        # A token that the full cache rules out adds nothing, whatever the candidate says of it.
-        p = self.probabilities[rows]
-        return float(torch.where(p == 0, 0.0, p * log_probabilities).sum())
+    def _read(self, logits: Tensor) -> tuple[list[float], float]:
+        """Each target's negative log-likelihood, and the sum of the cross entropies from the full cache's predictions.
+
+        Without a table of log-probabilities: those of a row are its logits less one number.
+        """
+        nll: list[float] = []
+        cross_entropy = 0.0
+        for start in range(0, len(self.targets), _ROWS):
+            rows = slice(start, start + _ROWS)
+            host, p = _on_host(logits[rows]), self.probabilities[rows]
+            total = host.logsumexp(dim=-1)
+            expected = torch.linalg.vecdot(p, host)
+            if not bool(expected.isfinite().all()):
+                # A token that the full cache rules out adds nothing, whatever the candidate says of it.
+                expected = torch.where(p == 0, 0.0, p * host).sum(dim=-1)
+            cross_entropy += float((total - expected).sum())
+            losses = total - host.gather(-1, self.targets[rows, None])[:, 0]
+            if not bool(losses.isfinite().all()):
+                raise KnormError("the model's logits are NaN or infinite, so there is no perplexity; try dtype float32")
+            nll += losses.tolist()
+        return nll, cross_entropy
 
 
-def _nll_of(log_probabilities: Tensor, targets: Tensor) -> list[float]:
-    nll = -log_probabilities.gather(-1, targets[:, None])[:, 0]
-    if not bool(nll.isfinite().all()):
-        raise KnormError("the model's logits are NaN or infinite, so there is no perplexity; try dtype float32")
-    return [float(loss) for loss in nll]
+def _on_host(logits: Tensor) -> Tensor:
+    # float64 on the host gives the same figures on every device; MPS has no float64 of its own.
+    return logits.cpu().double()

@@ -31,7 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.performance_table and config.option.knorm_quick:
+        raise pytest.UsageError("--performance-table wants the long measurements; leave --knorm-quick out")
     config.stash[TARGETS] = []
+
+
+@pytest.fixture(scope="session")
+def quick(pytestconfig: pytest.Config) -> bool:
+    """Whether short measurements were asked for, that only show that everything runs."""
+    return bool(pytestconfig.getoption("--knorm-quick"))
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ NEW_TOKENS = 32
 
 
 @pytest.mark.benchmark(group=f"generation of {NEW_TOKENS} tokens after {PROMPT_TOKENS}")
-def test_generation(knorm_latency, knorm_method):
+def test_generation(knorm_latency, knorm_method, quick):
     latency = knorm_latency(knorm_method, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
-    assert len(latency.baseline) == len(latency.candidate) >= 5
+    assert len(latency.baseline) == len(latency.candidate) >= (2 if quick else 5)
     assert all(len(run.gaps_s) == NEW_TOKENS - 1 for run in (*latency.baseline, *latency.candidate))
 
 

@@ -20,9 +20,7 @@ from knormpress.methods import FullCache, make_method
 from knormpress.metrics import prefill, score_document
 from knormpress.pruning import gather, key_norms, select
 
-LONG = 8_000
 CHUNK = 1_024
-STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +29,20 @@ def model(knorm_bench):
 
 
 @pytest.fixture(scope="module")
-def ids(knorm_bench):
-    return knorm_bench.documents(length=LONG, count=1)[0]
+def long(quick):
+    """Tokens of a long context."""
+    return 2_048 if quick else 8_000
+
+
+@pytest.fixture(scope="module")
+def steps(quick):
+    """Decoded tokens that are timed."""
+    return 6 if quick else 24
+
+
+@pytest.fixture(scope="module")
+def ids(knorm_bench, long):
+    return knorm_bench.documents(length=long, count=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +80,30 @@ def decoding(model, cache):
 
 
 @pytest.mark.parametrize(("keep", "reach"), [(1.0, 0.80), (0.9, 0.76), (0.5, 0.60)])
-def test_decoding_behind_a_long_context(model, full, in_turn, target, keep, reach):
+def test_decoding_behind_a_long_context(model, full, in_turn, target, long, steps, keep, reach):
     pruned = KnormCache(model, KnormPress(keep))
     pruned.prefill_from(full)
-    change = in_turn(decoding(model, copy_of(model, full)), decoding(model, pruned), rounds=STEPS)
-    target(f"TPOT at 8,000 tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.05)
+    change = in_turn(decoding(model, copy_of(model, full)), decoding(model, pruned), rounds=steps)
+    target(f"TPOT at {long:,} tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.05)
 
 
-def test_decoding_beside_kvpress(model, ids, full, in_turn, target):
+def test_decoding_beside_kvpress(model, ids, full, in_turn, target, long, steps):
     pytest.importorskip("kvpress")
     with make_method("kvpress:KnormPress", KnormPress(0.5))(model) as new_cache:
         theirs = new_cache()
         prefill(model, ids, theirs)
     ours = KnormCache(model, KnormPress(0.5))
     ours.prefill_from(full)
-    change = in_turn(decoding(model, theirs), decoding(model, ours), rounds=STEPS)
-    target("TPOT at 8,000 tokens, keep 0.5", "kvpress's KnormPress(0.5)", change, reach=0.90, worst=1.2)
+    change = in_turn(decoding(model, theirs), decoding(model, ours), rounds=steps)
+    target(f"TPOT at {long:,} tokens, keep 0.5", "kvpress's KnormPress(0.5)", change, reach=0.90, worst=1.2)
 
 
-def test_decoding_close_to_the_cost_of_the_weights(model, ids, full, in_turn, target):
+def test_decoding_close_to_the_cost_of_the_weights(model, ids, full, in_turn, target, long, steps):
     pruned, short = KnormCache(model, KnormPress(0.1)), DynamicCache(config=model.config)
     pruned.prefill_from(full)
     prefill(model, ids[:, :16], short)
-    change = in_turn(decoding(model, short), decoding(model, pruned), rounds=STEPS)
-    target("TPOT at 8,000 tokens, keep 0.1", "TPOT at 16 tokens", change, reach=1.10, worst=1.5)
+    change = in_turn(decoding(model, short), decoding(model, pruned), rounds=steps)
+    target(f"TPOT at {long:,} tokens, keep 0.1", "TPOT at 16 tokens", change, reach=1.10, worst=1.5)
 
 
 def test_prefill_in_one_shot(model, ids, in_turn, target):
@@ -106,7 +116,7 @@ def test_prefill_in_one_shot(model, ids, in_turn, target):
     target("TTFT at 1,000 tokens, one shot, keep 0.5", "DynamicCache", change, reach=1.02, worst=1.15)
 
 
-def test_prefill_in_chunks(model, ids, benchmark, target):
+def test_prefill_in_chunks(model, ids, benchmark, target, long):
     reaches, peaks = {0.9: 0.95, 0.5: 0.75, 0.1: 0.55}, dict.fromkeys((0.9, 0.5, 0.1), 0)
     times = {keep: [] for keep in (1.0, *reaches)}
 
@@ -127,21 +137,21 @@ def test_prefill_in_chunks(model, ids, benchmark, target):
 
     benchmark.pedantic(all_in_turn, rounds=1)
     config = model.config
-    whole = LONG * 2 * config.num_key_value_heads * 64 * 4 * config.num_hidden_layers
+    whole = long * 2 * config.num_key_value_heads * 64 * 4 * config.num_hidden_layers
     for keep, reach in reaches.items():
         change = ratio_change(times[1.0], times[keep])
-        target(f"TTFT at 8,000 tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
+        target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
         kept = sum(KnormPress(keep).ratios(config.num_hidden_layers)) / config.num_hidden_layers
-        share, allowed = peaks[keep] / whole, kept + CHUNK / LONG + 0.03
+        share, allowed = peaks[keep] / whole, kept + CHUNK / long + 0.03
         change = Change((share - 1) * 100, None, None)
         target(f"cache bytes after a chunk, at most, keep {keep}", "full cache", change, reach=allowed, worst=allowed)
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5])
-def test_one_prune(full, in_turn, target, keep):
+def test_one_prune(full, in_turn, target, long, keep):
     keys = [layer.keys for layer in full.layers]
     values = [layer.values for layer in full.layers]
-    count = int(keep * LONG)
+    count = int(keep * long)
     kept = [(k[:, :, :count].contiguous(), v[:, :, :count].contiguous()) for k, v in zip(keys, values, strict=True)]
 
     def move_only():
@@ -159,10 +169,12 @@ def test_one_prune(full, in_turn, target, keep):
             gather(value, slots)
 
     change = in_turn(move_only, prune, rounds=7)
-    target(f"one prune of every layer at 8,000 tokens, keep {keep}", "moving the bytes", change, reach=2.0, worst=8.0)
+    target(
+        f"one prune of every layer at {long:,} tokens, keep {keep}", "moving the bytes", change, reach=2.0, worst=8.0
+    )
 
 
-def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, target):
+def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, target, quick):
     cache, spent, sound = KnormCache(model, KnormPress(0.5)), [], KnormLayer._prune
 
     def timed(self):
@@ -174,19 +186,20 @@ def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, tar
     step = decoding(model, cache)
     monkeypatch.setattr(KnormLayer, "_prune", timed)
     start = time.perf_counter()
-    benchmark.pedantic(step, rounds=192)
+    tokens = 64 if quick else 192
+    benchmark.pedantic(step, rounds=tokens)
     share = sum(spent) / (time.perf_counter() - start)
     change = Change((share - 1) * 100, None, None)
-    target("pruning in a decode of 192 tokens, keep 0.5", "the whole decode", change, reach=0.02, worst=0.10)
+    target(f"pruning in a decode of {tokens} tokens, keep 0.5", "the whole decode", change, reach=0.02, worst=0.10)
 
 
-def test_decoding_stays_flat(model, ids, in_turn, target):
+def test_decoding_stays_flat(model, ids, in_turn, target, long, steps):
     press = KnormPress(0.5, schedule="iterative", prune_after=1_024)
     early, late = KnormCache(model, press), KnormCache(model, press)
     prefill(model, ids[:, :1_000], early)
     prefill(model, ids, late, chunk=512)
-    change = in_turn(decoding(model, early), decoding(model, late), rounds=STEPS)
-    target("TPOT at 8,000 tokens seen, iterative", "TPOT at 1,000 seen", change, reach=1.10, worst=1.3)
+    change = in_turn(decoding(model, early), decoding(model, late), rounds=steps)
+    target(f"TPOT at {long:,} tokens seen, iterative", "TPOT at 1,000 seen", change, reach=1.10, worst=1.3)
 
 
 def test_scoring_at_seven_ratios(model, ids, in_turn, target):
@@ -224,8 +237,10 @@ print(sweeping.readings[0].bytes / (loaded.readings[0].bytes + full))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tell the peak of a section")
-def test_resident_memory_of_a_long_sweep(benchmark, pytestconfig, target):
+def test_resident_memory_of_a_long_sweep(benchmark, pytestconfig, target, quick):
     """On text of random tokens, in a process of its own: what is resident depends on how many there are only."""
+    if quick:
+        pytest.skip("what is resident shows at 8,000 tokens only")
     given = pytestconfig.getoption("--knorm-model") or ""
     out = benchmark.pedantic(
         lambda: (

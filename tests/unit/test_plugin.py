@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from knormpress import bench
 from knormpress.history import History
@@ -255,3 +256,69 @@ def test_the_readmes_tests_run_as_shown(run: Run) -> None:
     result = run(shown, "--knorm-compare", ppl_tolerance="1e6")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["2 no-baseline"])
+
+
+def plan_file(model_folder, path, layers=(1.0, 0.5, 0.25)):
+    from knormpress.models import load_model
+    from knormpress.plan import Plan, write_plan
+    from knormpress.press import KnormPress
+    from knormpress.saving import fingerprint
+
+    model = load_model(str(model_folder), device=torch.device("cpu")).model
+    named = {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint(model)}
+    press = KnormPress(layer_keep_ratios=layers, prune_after=16)
+    write_plan(Plan(press, named, {"ppl": 5.0, "passkey": None}, {}, {}), path)
+    return path
+
+
+def test_a_plan_takes_the_place_of_the_keep_ratios(run: Run, model_folder, tmp_path):
+    path = plan_file(model_folder, tmp_path / "plan.json")
+    source = prints("knorm_press.layer_keep_ratios", "knorm_press", "knorm_bench")
+    result = run(source, plan=path, keep_ratios="0.9,0.5")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*seen: (1.0, 0.5, 0.25)*", "PASSED*[[]*plan[]]*"])
+
+
+def test_a_plan_for_another_model_is_refused(run: Run, model_folder, tmp_path):
+    path = plan_file(model_folder, tmp_path / "plan.json")
+    path.write_text(path.read_text().replace('"fingerprint": "', '"fingerprint": "f'))
+    result = run(prints("knorm_bench.layers", "knorm_press", "knorm_bench"), plan=path)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*is a plan for tiny in float32*not for this model*"])
+
+
+def test_a_plan_that_is_not_there_is_told_before_anything_runs(run: Run):
+    result = run(prints("1"), plan="none.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*no plan can be read from none.json*"])
+
+
+GATE = "def test_it(knorm_passkey_gate):\n    knorm_passkey_gate({})\n"
+
+
+@pytest.mark.parametrize(
+    ("found", "outcome", "message"),
+    [
+        ((40, 40), {"passed": 1}, "PASSED*"),
+        (
+            (30, 40),
+            {"failed": 1},
+            "*30 of the 40 passkeys found that the full cache finds: 75 % (60..86), wanted 90 %*",
+        ),
+        ((38, 40), {"xfailed": 1}, "*inconclusive: 38 of the 40*"),
+        ((0, 0), {"xfailed": 1}, "*the full cache found no passkey*"),
+    ],
+)
+def test_the_passkey_gate(run: Run, found, outcome, message):
+    result = run(GATE.format(found))
+    result.assert_outcomes(**outcome)
+    result.stdout.fnmatch_lines([message])
+
+
+def test_the_passkey_gate_asks_the_method(run: Run):
+    source = "def test_it(knorm_passkeys, knorm_press):\n    print('seen:', knorm_passkeys([knorm_press], count=2))\n"
+    run(source).stdout.fnmatch_lines(["seen: [[](0, 0)[]]"])
+
+
+def test_the_share_that_the_passkey_gate_wants_can_be_set(run: Run):
+    run(GATE.format((30, 40)), passkey_share="0.5").assert_outcomes(passed=1)
