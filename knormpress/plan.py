@@ -47,8 +47,8 @@ class Point:
 class Sensitivities:
     """What pruning one layer alone does, on the calibration text: ``text[i][j]`` of layer i at ``ratios[j]``.
 
-    ``text`` is in nats a token, the mean of the divergence and of the rise in negative log-likelihood; ``passkey`` is
-    the rise of a key's negative log-likelihood in nats.
+    ``text`` is in nats a token: the mean of the divergence and of the rise of the negative log-likelihood. ``passkey`` is
+    the rise of a key's negative log-likelihood, in nats.
     """
 
     ratios: tuple[float, ...]

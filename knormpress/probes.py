@@ -47,8 +47,11 @@ class Damage:
 
     @property
     def text(self) -> float:
-        """Mean of ``kl`` and ``nll``: the one is smooth, the other is what perplexity is made of."""
-        return (self.kl + self.nll) / 2
+        """Mean of ``kl`` and ``nll``: the one is smooth, the other is what perplexity is made of.
+
+        A fall of ``nll`` counts as none: on a few documents it is luck.
+        """
+        return (self.kl + max(self.nll, 0.0)) / 2
 
 
 class Memory:

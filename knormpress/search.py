@@ -47,9 +47,11 @@ def plan_at(curves: Sequence[Curve], mean_keep: float) -> tuple[float, ...]:
     def at(price: float) -> tuple[float, ...]:
         return tuple(float(ratios[np.argmin(damage + price * ratios)]) for ratios, damage in sampled)
 
-    low, high = 1e-12, 1e6
+    # At the highest price nothing is worth keeping, at the lowest all is that does any harm.
+    most = max(float(np.ptp(damage)) for _, damage in sampled)
+    low, high = 1e-9 * most, max(most, 1e-12) / _STEP * 1e3
     for _ in range(_HALVINGS):
-        price = float(np.sqrt(low * high))
+        price = (low + high) / 2 if low == 0 else float(np.sqrt(low * high))
         if statistics.fmean(at(price)) > mean_keep:
             low = price
         else:

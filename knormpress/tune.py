@@ -206,8 +206,8 @@ class _Search:
 
     def run(self) -> None:
         """Find the plans; raises where none is within the targets."""
-        self._measure_layers()
         with suppress(_TimeIsUp):
+            self._measure_layers()
             for weight in _WEIGHTS if self.with_keys else (0.0,):
                 self._find(weight, self.plan.press)
             if self.with_keys:
@@ -249,7 +249,7 @@ class _Search:
         found = self._around(base, [(layer, ratio) for ratio in _RATIOS for layer in range(layers)], tick)
         ratios = (*_RATIOS, 1.0)
         rows = [[found[layer, ratio] for ratio in _RATIOS] for layer in range(layers)]
-        text = [tuple(max(d.text, d.kl / 2) for d in row) for row in rows]
+        text = [tuple(d.text for d in row) for row in rows]
         keys = [tuple(max(d.key_nll, 0.0) for d in row) for row in rows]
         self.text = [Curve(ratios, (*damage, 0.0)) for damage in text]
         self.keys = [Curve(ratios, (*damage, 0.0)) for damage in keys]

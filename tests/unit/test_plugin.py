@@ -293,7 +293,7 @@ def test_a_plan_that_is_not_there_is_told_before_anything_runs(run: Run):
     result.stderr.fnmatch_lines(["*no plan can be read from none.json*"])
 
 
-GATE = "def test_it(knorm_passkey_gate):\n    knorm_passkey_gate({})\n"
+PASSKEY_GATE = "def test_it(knorm_passkey_gate):\n    knorm_passkey_gate({})\n"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ GATE = "def test_it(knorm_passkey_gate):\n    knorm_passkey_gate({})\n"
     ],
 )
 def test_the_passkey_gate(run: Run, found, outcome, message):
-    result = run(GATE.format(found))
+    result = run(PASSKEY_GATE.format(found))
     result.assert_outcomes(**outcome)
     result.stdout.fnmatch_lines([message])
 
@@ -321,4 +321,4 @@ def test_the_passkey_gate_asks_the_method(run: Run):
 
 
 def test_the_share_that_the_passkey_gate_wants_can_be_set(run: Run):
-    run(GATE.format((30, 40)), passkey_share="0.5").assert_outcomes(passed=1)
+    run(PASSKEY_GATE.format((30, 40)), passkey_share="0.5").assert_outcomes(passed=1)
