@@ -47,7 +47,7 @@ class Point:
 class Sensitivities:
     """What pruning one layer alone does, on the calibration text: ``text[i][j]`` of layer i at ``ratios[j]``.
 
-    ``text`` is in nats a token: the mean of the divergence and of the rise of the negative log-likelihood. ``passkey`` is
+    ``text`` is in nats a token: the mean of the divergence and of the rise of the negative log-likelihood; ``passkey``
     the rise of a key's negative log-likelihood, in nats.
     """
 
