@@ -35,7 +35,8 @@ def draw_scaling(rows: Iterable[Row], left_out: str) -> Figure:
 
     The full cache was measured beside every ratio: its line is the median over those cells. A keep ratio's is that
     median and the change in pairs against it, so that a machine which slows down between two cells does not part their
-    lines. Beside TPOT stands what a token takes with almost nothing in the cache, where it was measured.
+    lines. The floor of TPOT is what a token takes with almost nothing in the cache; it was timed in every cell, and
+    since no length has a part in it, the median over all cells is drawn.
 
     Args:
         rows: of several prompt lengths, and else alike, see ``plots.select_lengths``.
@@ -50,13 +51,14 @@ def draw_scaling(rows: Iterable[Row], left_out: str) -> Figure:
         cells.setdefault(row.record.policy.layer_keep_ratios or row.keep_ratio, []).append(row)
     lines = sorted(cells.values(), key=lambda line: -line[0].keep_ratio)
     ratios = [line[0] for line in lines]
+    weights = [time for row in shown if (time := row.record.latency.weights_tpot_s) is not None]
     figure = new_figure()
     whiskers = any(change.low is not None for row in shown for change in (row.ttft, row.tpot))
     add_heading(
         figure,
         "Time by length of the context",
         "Full cache: the median of the runs. Keep ratios: that median and the change against it, measured in pairs"
-        + ("; whiskers: 95 % interval." if whiskers else "."),
+        + ("; whiskers: 95 % interval." if whiskers else "; too few runs for an interval."),
     )
     grid = figure.add_gridspec(1, 2, left=0.055, right=0.985, top=0.84, bottom=0.15, wspace=0.14)
     ttft, tpot = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
@@ -69,8 +71,6 @@ def draw_scaling(rows: Iterable[Row], left_out: str) -> Figure:
         axes.plot(list(middles), list(middles.values()), "s-", color=GREY, markersize=6, linewidth=2.2)
         for line, colour in zip(lines, colours, strict=True):
             _line(axes, line, middles, change, colour)
-    limits = _limits(lengths)
-    tpot.plot(list(limits), list(limits.values()), "--", color="black", linewidth=1.2)
     _finish(ttft, list(lengths), "TTFT (s)")
     _finish(tpot, list(lengths), "TPOT (ms)")
     handles = [Line2D([], [], marker="s", color=GREY, linewidth=2.2, label="full cache")]
@@ -78,23 +78,13 @@ def draw_scaling(rows: Iterable[Row], left_out: str) -> Figure:
         Line2D([], [], marker="o", color=colours[place], label=f"keep {ratios[place].label}")
         for place in labelled_places(ratios, _MOST_NAMED)
     ]
-    if limits:
-        low, high = min(limits.values()), max(limits.values())
-        span = " to ".join(dict.fromkeys((three_digits(low), three_digits(high))))
-        label = f"the weights alone, {span} ms"
-        handles.append(Line2D([], [], linestyle="--", color="black", linewidth=1.2, label=label))
+    if weights:
+        floor = 1e3 * statistics.median(weights)
+        label = f"weights alone: {three_digits(floor)} ms"
+        handles.append(tpot.axhline(floor, linestyle="--", color="black", linewidth=1.2, label=label))
     add_legend(figure, handles)
     add_footer(figure, shown[::-1], left_out)
     return figure
-
-
-def _limits(lengths: dict[int, list[Row]]) -> dict[int, float]:
-    """What a token takes in ms with an almost empty cache, at each length of whose cells one holds it."""
-    found = {
-        length: [time for row in group if (time := row.record.latency.weights_tpot_s) is not None]
-        for length, group in lengths.items()
-    }
-    return {length: 1e3 * statistics.median(times) for length, times in found.items() if times}
 
 
 def _line(

@@ -200,7 +200,7 @@ def add_footer(figure: Figure, rows: Sequence[Row], left_out: str) -> None:
     )
     height = figure.get_figheight() * DPI
     for place, line in zip((38, 18), lines, strict=True):
-        text = _shortened(plain("  |  ".join(line)), 200)
+        text = _shortened(plain("  |  ".join(line)), 190)
         figure.text(0.03, place / height, text, fontsize=7, color=GREY, verticalalignment="center", parse_math=False)
 
 
