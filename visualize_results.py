@@ -1,4 +1,4 @@
-"""Draw the four pictures into the current folder. The same as ``knormpress plot --output .``."""
+"""Draw the pictures into the current folder. The same as ``knormpress plot --output .``."""
 
 import sys
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,11 @@ from knormpress.records import (
     TextInfo,
 )
 
-__all__ = ["Bench", "cold_ttft", "latency", "memory", "quality", "refuse_unpruned"]
+__all__ = ["Bench", "cold_ttft", "latency", "memory", "quality", "refuse_unpruned", "weights_tpot"]
+
+# So few that the cache costs nothing beside the weights, and enough for a median.
+_SHORT_PROMPT = 16
+_SHORT_ANSWER = 16
 
 
 @dataclass(frozen=True)
@@ -88,18 +93,22 @@ class Bench:
         """Layers of the decoder."""
         return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
 
+    @property
+    def positions(self) -> int | None:
+        """Positions that the model is made for; None where its configuration sets no end."""
+        found = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return None if found is None else int(found)
+
     def check_length(self, tokens: int) -> None:
         """See that the model has positions for so many tokens.
 
         Raises:
             KnormError: it has fewer.
         """
-        config = self.model.config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and tokens > longest:
+        if self.positions is not None and tokens > self.positions:
             raise KnormError(
-                f"{self.model_info.name} is made for {longest} positions, but the prompt and what follows it take "
-                f"{tokens}; use a shorter prompt"
+                f"{self.model_info.name} is made for {self.positions} positions, but the prompt and what follows it "
+                f"take {tokens}; use a shorter prompt"
             )
 
     def documents(self, *, length: int, count: int) -> list[Tensor]:
@@ -216,6 +225,17 @@ def latency(
         calibration_s=found.calibration_s,
         ttft_cold_s=cold_s,
     )
+
+
+def weights_tpot(bench: Bench, prompt: Tensor) -> float:
+    """Seconds that a token takes behind an almost empty cache, where nearly all of it goes into the weights.
+
+    What is stored can only add to that, so no cache gets below it. It is the median gap of one generation with the full
+    cache behind the first 16 tokens of ``prompt`` (1, n); the model should be warm.
+    """
+    with FullCache()(bench.model) as new_cache:
+        timing = time_generation(bench.model, prompt[:, :_SHORT_PROMPT], new_cache, new_tokens=_SHORT_ANSWER)
+    return statistics.median(timing.gaps_s)
 
 
 _process_is_cold = True

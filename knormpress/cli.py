@@ -156,6 +156,7 @@ def sweep(
     Examples:
       knormpress sweep --keep_ratios 1.0,0.9,0.8,0.7 --num_wikitext_samples 3 --prune_after 512 --skip_layers 0
       knormpress sweep --keep-ratios 0.9,0.5 --samples 2 --skip-layers none
+      knormpress sweep --keep-ratios 1.0,0.7,0.5 --prompt-tokens 512,2048,8000
       knormpress sweep --method random --keep-ratios 0.7 --output results-random
     """
     skipped = () if skip_layers.strip().lower() in ("", "none") else numbers("skip_layers", skip_layers, int)
@@ -250,6 +251,8 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the pictures of a sweep.
+
+    Four of the longest prompts, and one of how time grows with the context where there are several lengths.
 
     \b
     Examples:

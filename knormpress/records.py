@@ -119,7 +119,8 @@ class Latency(_Strict):
     """Generations of baseline and candidate, measured in turn: ``baseline[i]`` and ``candidate[i]`` are a pair.
 
     ``stopped`` says why there are no more pairs, and ``calibration_s`` how long a fixed work took before and after, see
-    ``metrics.latency.TimedPairs``.
+    ``metrics.latency.TimedPairs``. ``weights_tpot_s`` is what a token takes behind an almost empty cache, see
+    ``bench.weights_tpot``; None where that was not measured.
     """
 
     baseline: tuple[Run, ...]
@@ -127,6 +128,7 @@ class Latency(_Strict):
     stopped: Literal["precise", "time", "rounds"]
     calibration_s: tuple[float, float]
     ttft_cold_s: float | None = Field(description="the first call of the process; None in every later cell")
+    weights_tpot_s: float | None = None
 
 
 class MemoryReading(_Strict):

@@ -7,6 +7,7 @@ are not committed are not seen: use ``fresh`` after them.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ from knormpress.saving import fingerprint
 
 __all__ = ["SweepSettings", "run"]
 
+_LEAST_SCORED = 32
+
 
 @dataclass(frozen=True)
 class SweepSettings:
@@ -51,7 +54,8 @@ class SweepSettings:
         samples: documents (>= 1) on which perplexity is measured.
         prompt_tokens: prompt lengths (>= 1), of the timed generations and of the context of scored tokens alike.
         new_tokens: tokens (>= 2) of a timed generation.
-        scored_tokens: tokens (>= 1) scored behind each document's context.
+        scored_tokens: tokens (>= 1) scored behind each document's context; fewer, but at least 32, where the model has
+            no positions for more behind a long prompt.
         rounds: timed pairs (>= 1) of each cell at least.
         precision: half width in % (> 0) of the timings' intervals at which no more pairs are timed.
         seconds: beyond ``rounds``, time (>= 0) after which no more pairs are begun.
@@ -168,7 +172,13 @@ def _measure(
     qualities: dict[KnormPress, Quality] = {}
     if pending:
         bench.check_length(prompt_tokens + settings.new_tokens)
-        texts = bench.documents(length=prompt_tokens + settings.scored_tokens + 1, count=settings.samples)
+        scored = _scored_tokens(settings, bench, prompt_tokens)
+        texts = bench.documents(length=prompt_tokens + scored + 1, count=settings.samples)
+        if scored < settings.scored_tokens:
+            steps.progress.say(
+                f"behind {prompt_tokens:,} tokens only {scored:,} are scored, not {settings.scored_tokens:,}: "
+                f"the model is made for {bench.positions:,} positions"
+            )
         prompt = texts[0][:, :prompt_tokens]
         steps.begin("the first call")
         cold_s = benches.cold_ttft(bench, prompt, prefill_chunk=chunk)
@@ -200,6 +210,7 @@ def _measure(
             cold_s=cold_s,
             after_run=steps.tick_at_most(steps.runs),
         )
+        latency = latency.model_copy(update={"weights_tpot_s": benches.weights_tpot(bench, prompt)})
         cold_s = None
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         yield Record(created=created, latency=latency, memory=memory, quality=qualities[press], **known)
@@ -219,9 +230,15 @@ def _before_measuring(settings: SweepSettings, bench: Bench, press: KnormPress, 
             rounds=settings.rounds,
             samples=settings.samples,
             context_tokens=prompt_tokens,
-            scored_tokens=settings.scored_tokens,
+            scored_tokens=_scored_tokens(settings, bench, prompt_tokens),
         ),
     }
+
+
+def _scored_tokens(settings: SweepSettings, bench: Bench, prompt_tokens: int) -> int:
+    """As many as were asked for, or as the model has positions for; of too few, ``Bench.documents`` is to complain."""
+    room = math.inf if bench.positions is None else bench.positions - prompt_tokens - 1
+    return int(room) if _LEAST_SCORED <= room < settings.scored_tokens else settings.scored_tokens
 
 
 _Key = tuple[Environment, str, str, str, Policy, Conditions]

@@ -47,6 +47,7 @@ def make_record(
     new_tokens: int = 64,
     prefill_chunk: int | None = None,
     ttft_cold_s: float | None = None,
+    weights_tpot_s: float | None = None,
     method: str = "knorm",
     plan: tuple[float, ...] | None = None,
     seed: int = 0,
@@ -110,7 +111,7 @@ def make_record(
             prefill_chunk=prefill_chunk,
             rounds=rounds,
             samples=documents,
-            context_tokens=1024,
+            context_tokens=prompt_tokens,
             scored_tokens=scored,
         ),
         latency=Latency(
@@ -119,6 +120,7 @@ def make_record(
             stopped="rounds",
             calibration_s=(0.01, 0.01),
             ttft_cold_s=ttft_cold_s,
+            weights_tpot_s=weights_tpot_s,
         ),
         memory=Memory(
             baseline_cache_bytes=cache_bytes,

@@ -188,7 +188,8 @@ def add_footer(figure: Figure, rows: Sequence[Row], left_out: str) -> None:
     record = rows[0].record
     policy, conditions, environment = record.policy, record.conditions, record.environment
     chunk = "" if conditions.prefill_chunk is None else f" in chunks of {conditions.prefill_chunk:,}"
-    pairs = dict.fromkeys((min(row.pairs for row in rows), max(row.pairs for row in rows)))
+    prompts = _span([row.record.conditions.prompt_tokens for row in rows])
+    scored = _span([row.record.conditions.scored_tokens for row in rows])
     lines = (
         [
             f"{_short(record.model.name)}, {record.model.dtype}",
@@ -199,16 +200,20 @@ def add_footer(figure: Figure, rows: Sequence[Row], left_out: str) -> None:
         ],
         [
             f"{policy.method}, prune_after {policy.prune_after:,}",
-            f"prompt of {conditions.prompt_tokens:,} tokens{chunk}, {conditions.new_tokens:,} new",
-            f"pairs of runs: {' to '.join(map(str, pairs))}",
-            f"{conditions.samples:,} samples, {conditions.scored_tokens:,} tokens scored in each",
+            f"prompt of {prompts} tokens{chunk}, {conditions.new_tokens:,} new",
+            f"pairs of runs: {_span([row.pairs for row in rows])}",
+            f"{conditions.samples:,} samples, {scored} tokens scored in each",
             *([left_out] if left_out else []),
         ],
     )
     height = figure.get_figheight() * DPI
     for place, line in zip((38, 18), lines, strict=True):
-        text = _shortened(plain("  |  ".join(line)), 200)
+        text = _shortened(plain("  |  ".join(line)), 190)
         figure.text(0.03, place / height, text, fontsize=7, color=GREY, verticalalignment="center", parse_math=False)
+
+
+def _span(counts: Sequence[int]) -> str:
+    return " to ".join(dict.fromkeys((f"{min(counts):,}", f"{max(counts):,}")))
 
 
 def _short(name: str) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
@@ -17,7 +18,8 @@ from matplotlib.transforms import Bbox
 
 from knormpress.compare import summarize
 from knormpress.errors import KnormError
-from knormpress.plots import draw_all, select
+from knormpress.plots import draw_all, select, select_lengths
+from knormpress.plots.scaling import draw_scaling
 from knormpress.records import Record
 from tests.record_factory import make_record, make_records
 
@@ -107,6 +109,96 @@ def test_four_pictures_of_the_stated_size_whose_texts_are_apart(count: int, tmp_
 def test_texts_stay_apart_whatever_is_measured(parameters: dict[str, Any], tmp_path: Path, drawn: Drawn) -> None:
     draw(make_records(RATIOS[4], **parameters), tmp_path)
     assert faults(drawn) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "lengths"),
+    [
+        (1, (512, 2048)),
+        (4, (512, 2048, 8000)),
+        (7, (1000, 1024)),
+        (19, (512, 131_072)),
+        (2, (512, *range(1024, 131_073, 8192))),
+    ],
+    ids=["one ratio", "the standard ratios", "close lengths", "many ratios", "many lengths"],
+)
+def test_several_prompt_lengths_get_a_picture_of_their_own(
+    count: int, lengths: tuple[int, ...], tmp_path: Path, drawn: Drawn
+) -> None:
+    records = [
+        record
+        for length in lengths
+        for record in make_records(RATIOS[count], prompt_tokens=length, rounds=3, new_tokens=4, weights_tpot_s=0.015)
+    ]
+    *_, path = draw(records, tmp_path)
+    assert path.name == "knormpress_scaling.png"
+    assert size(path) == (1600, 1000)
+    texts = [text for text, _ in list(drawn.values())[-1]]
+    assert texts.count(f"{lengths[-1]:,}") == 2
+    assert {"full cache", f"keep {RATIOS[count][0]}", "weights alone: 15.0 ms"} <= set(texts)
+    assert faults(drawn) == []
+
+
+def test_the_lines_are_the_full_caches_medians_and_the_paired_changes() -> None:
+    records = [
+        record
+        for length, tpot in ((512, 0.0), (2048, -40.0))
+        for record in make_records([0.5, 0.8], prompt_tokens=length, tpot=tpot, drift=0.5)
+    ]
+    for at, floor in enumerate((0.015, 0.012, 0.09)):
+        latency = records[at].latency.model_copy(update={"weights_tpot_s": floor})
+        records[at] = records[at].model_copy(update={"latency": latency})
+    rows, left_out = select_lengths(map(summarize, records))
+    ttft, tpot = draw_scaling(rows, left_out).axes
+    full, high, low, weights = tpot.lines[0], *(bars.lines[0] for bars in tpot.containers), tpot.lines[-1]
+    middles = [statistics.median(row.baseline.tpot_s * 1e3 for row in rows[at : at + 2]) for at in (0, 2)]
+    assert full.get_xdata().tolist() == [512, 2048]
+    assert full.get_ydata().tolist() == pytest.approx(middles)
+    for line, own in ((low, rows[0::2]), (high, rows[1::2])):
+        expected = [middle * (1 + row.tpot.percent / 100) for middle, row in zip(middles, own, strict=True)]
+        assert line.get_ydata().tolist() == pytest.approx(expected)
+    assert weights.get_ydata() == [15.0, 15.0]
+    whiskers = tpot.containers[0].lines[2][0].get_segments()
+    assert whiskers[1][:, 1] == pytest.approx([middles[1] * (1 + end / 100) for end in rows[3].tpot.ends])
+    firsts = [statistics.median(row.baseline.ttft_s for row in rows[at : at + 2]) for at in (0, 2)]
+    assert ttft.lines[0].get_ydata().tolist() == pytest.approx(firsts)
+
+
+def test_what_was_not_timed_is_not_drawn() -> None:
+    records = [
+        *make_records([1.0, 0.5], prompt_tokens=512),
+        make_record(0.5, prompt_tokens=2048, rounds=2),
+        *make_records([0.5], prompt_tokens=1024, weights_tpot_s=0.015),
+    ]
+    figure = draw_scaling(*select_lengths(map(summarize, records)))
+    tpot = figure.axes[1]
+    assert tpot.lines[-1].get_ydata() == [15.0, 15.0]
+    assert [bars.lines[0].get_xdata().tolist() for bars in tpot.containers] == [[512], [512, 1024, 2048]]
+    without = draw_scaling(*select_lengths(map(summarize, records[:3])))
+    assert not any("weights" in text.get_text() for text in without.legends[0].get_texts())
+
+
+def test_times_within_a_decade_start_at_nothing_and_others_are_drawn_in_decades() -> None:
+    def scales(*lengths: int) -> list[str]:
+        rows, _ = select_lengths(summarize(make_record(prompt_tokens=length)) for length in lengths)
+        for axes in (figure := draw_scaling(rows, "")).axes:
+            assert axes.get_yscale() == "log" or axes.get_ylim()[0] == 0
+        return [axes.get_yscale() for axes in figure.axes]
+
+    assert scales(512, 1024) == ["linear", "linear"]
+    assert scales(512, 8192) == ["log", "linear"]
+
+
+def test_lengths_are_shown_that_differ_in_nothing_that_a_length_does_not_bring() -> None:
+    short = make_records([1.0, 0.9], prompt_tokens=512, scored=200)
+    again = make_record(0.9, prompt_tokens=512, scored=100)
+    other = make_record(0.9, prompt_tokens=1024, new_tokens=8)
+    random = make_record(0.9, method="random", prompt_tokens=4096)
+    long = make_record(0.9, prompt_tokens=2048, scored=20)
+    rows, left_out = select_lengths(map(summarize, [*short, again, other, random, long]))
+    assert [row.record for row in rows] == [short[0], again, long]
+    assert left_out == "measured but not shown: method random; prompt tokens 1024"
+    assert select_lengths(map(summarize, [other, long])) == ([], "")
 
 
 def test_the_overlap_check_itself_finds_overlaps(drawn: Drawn) -> None:

@@ -50,6 +50,17 @@ def test_every_line_is_plain_json_even_with_a_figure_that_is_not_finite(path: Pa
     assert run.gaps_s[1] == -math.inf
 
 
+def test_records_from_before_the_weights_were_timed_still_read(path: Path) -> None:
+    record = make_record(weights_tpot_s=0.015)
+    fields = as_json(record)
+    assert fields["latency"].pop("weights_tpot_s") == 0.015
+    path.parent.mkdir()
+    path.write_text(json.dumps(fields))
+    (read,) = read_records(path)
+    assert read.latency.weights_tpot_s is None
+    assert read.latency.baseline == record.latency.baseline
+
+
 @pytest.mark.parametrize("name", ["维基 text", "line\u2028separator", "next\x85line", "tab\tand\nnewline"])
 def test_names_of_any_kind_survive(path: Path, name: str) -> None:
     record = make_record(text_name=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,39 @@ def test_grid_runs_over_prompt_lengths_in_order(settings: SweepSettings, tmp_pat
     records = list(run(settings, tmp_path / "results.jsonl"))
     found = [(record.conditions.prompt_tokens, record.policy.keep_ratio) for record in records]
     assert found == [(24, 0.8), (24, 0.3), (48, 0.8), (48, 0.3)]
+
+
+def test_no_more_tokens_are_scored_than_the_model_has_positions_for(settings: SweepSettings, tmp_path: Path) -> None:
+    settings = replace(settings, presses=(LOW,), prompt_tokens=(48, 440), samples=1, rounds=1, scored_tokens=100)
+    path, told = tmp_path / "results.jsonl", Told()
+    records = list(run(settings, path, progress=told))
+    assert [record.conditions.scored_tokens for record in records] == [100, 512 - 440 - 1]
+    assert [len(record.quality.documents[0].candidate_nll) for record in records] == [100, 71]
+    expected = "behind 440 tokens only 71 are scored, not 100: the model is made for 512 positions"
+    assert told.lines[1:] == [expected]
+    assert list(run(settings, path)) == records
+
+
+def test_the_weights_alone_are_timed_in_every_cell(settings: SweepSettings, tmp_path: Path) -> None:
+    for record in run(replace(settings, samples=1, rounds=1), tmp_path / "results.jsonl"):
+        assert record.latency.weights_tpot_s is not None
+        assert record.latency.weights_tpot_s > 0
+
+
+def test_the_weights_are_timed_behind_an_almost_empty_cache(settings: SweepSettings) -> None:
+    opened_bench, fed = opened(settings), []
+    (prompt,) = opened_bench.documents(length=200, count=1)
+
+    def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The last pass waits, as a machine does now and then: the median must not notice.
+        cache = kwargs["past_key_values"]
+        fed.append((kwargs["input_ids"].shape[1], cache.get_seq_length()))
+        time.sleep(0.5 if len(fed) == 16 else 0.0)
+
+    with opened_bench.model.register_forward_pre_hook(look, with_kwargs=True):
+        weights_s = bench.weights_tpot(opened_bench, prompt)
+    assert fed == [(16, 0), *((1, stored) for stored in range(16, 31))]
+    assert 0 < weights_s < 0.5 / 15
 
 
 def test_only_the_first_call_of_the_process_is_cold(
@@ -324,6 +358,8 @@ def test_repeated_values_are_one_cell(settings: SweepSettings) -> None:
         ({"presses": (replace(LOW, skip_layers=(0, 1, -1)),)}, "names every layer .* nothing would be pruned"),
         ({"samples": 500}, "the text has 4,000 tokens"),
         ({"prompt_tokens": (500,)}, "made for 512 positions, but .* take 517"),
+        # Room for 31 tokens to score, which is too few to settle for.
+        ({"prompt_tokens": (480,), "scored_tokens": 100}, "made for 512 positions, but .* take 581"),
         ({"new_tokens": 480}, "made for 512 positions, but .* take 528"),
         ({"corpus": "no such file.txt"}, "no such file.txt"),
         ({"model": "./no/such/model"}, "no/such/model"),
