@@ -371,6 +371,7 @@ class TestRows:
         assert differences(rows) == {
             "device": ["cpu (Synthetic CPU @ 2.50 GHz)", "cuda (Synthetic CPU @ 2.50 GHz)"],
             "prompt tokens": [1024, 2048],
+            "context tokens": [1024, 2048],
         }
 
     def test_two_models_of_one_name_differ(self) -> None:
