@@ -1,4 +1,7 @@
-"""The four pictures of a sweep and the three of a plan, drawn without pyplot: no window is opened, and the user's own style stays as it is."""
+"""The four pictures of a sweep and the three of a plan.
+
+Drawn without pyplot: no window is opened, and the user's own style stays as it is.
+"""
 
 from __future__ import annotations
 

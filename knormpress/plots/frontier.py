@@ -31,6 +31,7 @@ from knormpress.plots.style import (
     scale_for,
     shortened,
 )
+from knormpress.press import KnormPress
 
 __all__ = ["draw_frontier"]
 
@@ -107,7 +108,7 @@ def _looks_of(points: Sequence[Point]) -> _Looks:
 
 def _of_plan(plan: Plan, points: Sequence[Point]) -> Point | None:
     """The plan's own point, even where other methods were measured under the same policy."""
-    own = [point for point in points if point.press == plan.press.as_dict()]
+    own = [point for point in points if KnormPress(**point.press) == plan.press]
     return next((point for name in _LOOKS for point in own if point.name == name), own[0] if own else None)
 
 

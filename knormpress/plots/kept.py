@@ -9,12 +9,14 @@ from matplotlib.figure import Figure
 
 from knormpress.plan import KeptTokens, Plan
 from knormpress.plots.plan_footer import add_plan_footer
-from knormpress.plots.style import add_heading, layer_axis, new_figure, plain, shortened
+from knormpress.plots.style import DPI, add_heading, layer_axis, new_figure, plain, shortened
 
 __all__ = ["draw_kept"]
 
 _MOST_TOKENS = 100
-_MOST_LETTERS = 14
+_MOST_LETTERS = 16
+_TOP = 0.845
+_FOOTER = 70  # pixels, with the space above it
 _SIGNS = str.maketrans({"\n": "\N{RETURN SYMBOL}", "\r": "\N{RETURN SYMBOL}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"})
 
 
@@ -27,7 +29,7 @@ def draw_kept(plan: Plan, kept: KeptTokens) -> Figure:
     tokens = list(islice(kept.tokens, _MOST_TOKENS))
     shares = np.array([layer[: len(tokens)] for layer in kept.layers], dtype=float)
     figure = new_figure()
-    axes = figure.add_axes((0.04, 0.225, 0.945, 0.62))
+    axes = figure.add_axes((0.04, 0.2, 0.945, _TOP - 0.2))
     mesh = axes.pcolormesh(
         np.arange(len(tokens) + 1) - 0.5,
         np.arange(len(shares) + 1) - 0.5,
@@ -38,11 +40,14 @@ def draw_kept(plan: Plan, kept: KeptTokens) -> Figure:
         edgecolors="#DDDDDD",
         linewidth=0.4,
     )
-    layer_axis(axes, len(shares))
     size = 6.2 if len(tokens) > 60 else 7.5
     axes.set_xticks(range(len(tokens)), map(_label, tokens), rotation=90, fontsize=size, parse_math=False)
     axes.tick_params(axis="x", pad=2)
-    bar = figure.add_axes((0.73, 0.885, 0.255, 0.016))
+    longest = max(label.get_window_extent().height for label in axes.get_xticklabels())
+    bottom = (_FOOTER + longest) / (figure.get_figheight() * DPI)
+    axes.set_position((0.04, bottom, 0.945, _TOP - bottom))
+    layer_axis(axes, len(shares))
+    bar = figure.add_axes((0.74, 0.885, 0.235, 0.016))
     colourbar = figure.colorbar(mesh, cax=bar, orientation="horizontal")
     colourbar.set_ticks([0, 25, 50, 75, 100])
     colourbar.set_label("key-value heads that keep the token (%)")

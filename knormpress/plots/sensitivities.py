@@ -16,7 +16,6 @@ from knormpress.plots.plan_footer import add_plan_footer
 from knormpress.plots.style import (
     BLUE,
     GREY,
-    WIDTH,
     add_heading,
     layer_axis,
     new_figure,
@@ -26,9 +25,9 @@ from knormpress.plots.style import (
 __all__ = ["draw_sensitivities"]
 
 _DECADES = 3.0
-_BOTTOM, _HEIGHT = 0.215, 0.65
+_BOTTOM, _HEIGHT = 0.225, 0.645
 _LAYER_ROOM, _LETTER_ROOM = 15.0, 9.0  # pixels that a number in a cell needs
-_COLOURS = ListedColormap(colormaps["viridis_r"](np.linspace(0.0, 0.92, 256)), name="pale to dark")
+_COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.0, 0.88, 256)), name="pale to dark")
 
 
 def draw_sensitivities(plan: Plan, found: Sensitivities) -> Figure:
@@ -48,7 +47,7 @@ def draw_sensitivities(plan: Plan, found: Sensitivities) -> Figure:
         left = 0.055 + place * (width + 0.05)
         axes = figure.add_axes((left, _BOTTOM, width, _HEIGHT))
         axes.set_title(title)
-        bar = figure.add_axes((left, 0.118, width, 0.016))
+        bar = figure.add_axes((left, 0.132, width, 0.016))
         _draw_heat(axes, bar, np.array(values, dtype=float), unit)
         axes.set_xticks(range(len(found.ratios)), [f"{ratio:g}" for ratio in found.ratios])
         axes.set_xlabel("keep ratio of this layer alone, all others whole")
@@ -91,7 +90,8 @@ def _draw_heat(axes: Axes, bar: Axes, values: NDArray[np.float64], unit: str) ->
     box = axes.get_position().size * axes.figure.get_size_inches() * axes.figure.dpi / values.shape[::-1]
     if box[1] < _LAYER_ROOM or box[0] < _LETTER_ROOM * (decimals + 3):
         return
-    for (row, column), value in np.ndenumerate(values):
+    # Adding zero turns minus zero into zero.
+    for (row, column), value in np.ndenumerate(np.round(values, decimals) + 0.0):
         red, green, blue, _ = _COLOURS(norm(max(value, lowest)))
         dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
         axes.text(
@@ -99,7 +99,7 @@ def _draw_heat(axes: Axes, bar: Axes, values: NDArray[np.float64], unit: str) ->
             row,
             pretty(f"{value:.{decimals}f}"),
             horizontalalignment="center",
-            verticalalignment="center",
+            verticalalignment="center_baseline",
             fontsize=6.5,
             color="white" if dark else "#222222",
         )
