@@ -24,7 +24,7 @@ from knormpress.plots.style import (
 
 __all__ = ["draw_sensitivities"]
 
-_DECADES = 3.0
+_MOST_DECADES = 3
 _BOTTOM, _HEIGHT = 0.225, 0.645
 _LAYER_ROOM, _LETTER_ROOM = 15.0, 9.0  # pixels that a number in a cell needs
 _COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.0, 0.88, 256)), name="pale to dark")
@@ -69,7 +69,7 @@ def draw_sensitivities(plan: Plan, found: Sensitivities) -> Figure:
 
 def _draw_heat(axes: Axes, bar: Axes, values: NDArray[np.float64], unit: str) -> None:
     highest = values.max() if values.max() > 0 else 1.0
-    lowest = max(highest / 10**_DECADES, min(values[values > 0], default=highest / 10))
+    lowest = np.clip(min(values[values > 0], default=0.0), highest / 10**_MOST_DECADES, highest / 10)
     norm = LogNorm(lowest, highest, clip=True)
     # A masked value would have no colour at all, and the logarithm masks what is not above zero.
     mesh = axes.pcolormesh(
@@ -85,10 +85,10 @@ def _draw_heat(axes: Axes, bar: Axes, values: NDArray[np.float64], unit: str) ->
     colourbar = axes.figure.colorbar(mesh, cax=bar, orientation="horizontal", extend="min", extendfrac=0.04)
     colourbar.set_label(f"{unit} (logarithmic)")
     colourbar.outline.set_visible(False)
-    bar.tick_params(which="minor", length=0)
+    colourbar.minorticks_off()
     decimals = min(6, max(0, 3 - math.ceil(math.log10(highest))))
-    box = axes.get_position().size * axes.figure.get_size_inches() * axes.figure.dpi / values.shape[::-1]
-    if box[1] < _LAYER_ROOM or box[0] < _LETTER_ROOM * (decimals + 3):
+    width, height = axes.bbox.size / values.shape[::-1]
+    if height < _LAYER_ROOM or width < _LETTER_ROOM * (decimals + 3):
         return
     # Adding zero turns minus zero into zero.
     for (row, column), value in np.ndenumerate(np.round(values, decimals) + 0.0):

@@ -126,9 +126,8 @@ def keep_ratio_axis(axes: Axes, rows: Sequence[Row]) -> list[int]:
 
 def layer_axis(axes: Axes, layers: int) -> None:
     """One row a layer, the first on top; every layer's number, every second, ... as there is room."""
-    height = axes.get_position().height * axes.get_figure(root=True).get_figheight() * DPI
     axes.set_ylim(layers - 0.5, -0.5)
-    axes.set_yticks(range(0, layers, math.ceil(layers * _LAYER_LABEL / height)))
+    axes.set_yticks(range(0, layers, math.ceil(layers * _LAYER_LABEL / axes.bbox.height)))
     axes.tick_params(length=0)
     axes.set_ylabel("layer")
 

@@ -100,8 +100,7 @@ def test_hostile_names_and_tokens_are_drawn_as_they_are_and_apart(tmp_path: Path
     assert shown[2].count("\N{RETURN SYMBOL}\N{RETURN SYMBOL}") == 6
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 60, 100, 101])
-@pytest.mark.parametrize("layers", [1, 12, 30, 80])
+@pytest.mark.parametrize(("layers", "tokens"), [(1, 1), (12, 7), (30, 60), (30, 100), (80, 101)])
 def test_texts_stay_apart_for_any_number_of_layers_and_tokens(
     layers: int, tokens: int, tmp_path: Path, drawn: Drawn
 ) -> None:
@@ -141,7 +140,7 @@ def test_names_have_looks_of_their_own_that_do_not_depend_on_the_plan() -> None:
         make_point(name, 0.5, 1.0) for name in ("mine", "keydiff", "uniform", "tuned", "other", "random", "third")
     ]
     upper = frontier(make_plan(frontier=tuple(points))).axes[0]
-    looks = {line.get_label(): look(line) for line in upper.get_lines() if line.get_marker() not in ("", "None", "*")}
+    looks = {line.get_label(): look(line) for line in upper.get_lines() if line.get_marker() in "o<>DXvph"}
     assert len(set(looks.values())) == len(looks) == 7
     alone = frontier(make_plan(frontier=(points[2],))).axes[0]
     assert look(alone.get_lines()[0]) == looks["uniform"]
@@ -242,7 +241,7 @@ def test_sensitivities_are_coloured_by_size_and_the_plan_stands_beside() -> None
     assert np.argmin(lightness) == 10
     written = [part.get_text() for part in panels["Text"].texts]
     assert written[:4] == ["0.020", "0.001", "0.000", "\N{MINUS SIGN}0.500"]
-    assert "0.000" in [part.get_text() for part in panels["Passkeys"].texts]
+    assert [part.get_text() for part in panels["Passkeys"].texts][:2] == ["1.00", "0.00"]
     assert [bar.get_width() for bar in panels["The plan"].patches] == list(TUNED.layer_keep_ratios or ())
     assert [bar.get_y() + bar.get_height() / 2 for bar in panels["The plan"].patches] == pytest.approx(range(LAYERS))
     assert panels["The plan"].get_ylim() == panels["Text"].get_ylim()
