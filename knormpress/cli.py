@@ -245,12 +245,14 @@ def tune(
 
 @app.command()
 def plot(
-    results: Annotated[Path, typer.Argument(help="The results of a sweep.")] = _RESULTS / _SWEEP_FILE,
+    results: Annotated[
+        Path, typer.Argument(help="The results of a sweep, or a plan (.json) that was tuned.")
+    ] = _RESULTS / _SWEEP_FILE,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the pictures; that of the results unless given.")
     ] = None,
 ) -> None:
-    """Draw the pictures of a sweep.
+    """Draw the pictures of a sweep or of a plan.
 
     Four of the longest prompts, and one of how time grows with the context where there are several lengths.
 
@@ -258,11 +260,17 @@ def plot(
     Examples:
       knormpress plot
       knormpress plot results/results.jsonl --output pictures
+      knormpress plot plan.json
     """
     from knormpress.compare import summarize
-    from knormpress.plots import draw_all
+    from knormpress.plan import read_plan
+    from knormpress.plots import draw_all, draw_plan
     from knormpress.records import read_records
 
+    if results.suffix == ".json":
+        for picture in draw_plan(read_plan(results), output or results.parent):
+            typer.echo(picture)
+        return
     if not results.is_file():
         raise KnormError(f"there are no results at {results}; make some with: knormpress sweep")
     rows = [summarize(record) for record in read_records(results)]

@@ -43,8 +43,8 @@ _RECENT, _OTHER_RECENT = 32, (16, 64)
 # How much a passkey weighs beside the text, each in units of what is allowed.
 _WEIGHTS = (0.1, 0.3, 1.0)
 _STEP = 0.6
-_COMPARED = (0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)
-_UNIFORM = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
+_COMPARED = (0.7, 0.6, 0.5, 0.45, 0.4, 0.3)
+_UNIFORM = (0.9, 0.8, 0.7, 0.5)
 _OTHERS, _OTHER_RATIOS = ("random", "recent-window", "keydiff"), (0.7, 0.5)
 
 
@@ -327,7 +327,7 @@ def _compared(search: _Search) -> list[Tried]:
     tuned += [Tried(f"tuned for {name}", alone) for name, alone in search.alone.items()]
     tuned += [Tried("tuned", replace(press, layer_keep_ratios=plan_at(curves, keep))) for keep in _COMPARED]
     uniform = [Tried("uniform", KnormPress(keep)) for keep in _UNIFORM]
-    others = [Tried(name, KnormPress(keep), name, passkeys=False) for name in _OTHERS for keep in _OTHER_RATIOS]
+    others = [Tried(name, KnormPress(keep), name, passkeys=keep < 0.7) for name in _OTHERS for keep in _OTHER_RATIOS]
     return [*tuned, *uniform, *others]
 
 

@@ -1,4 +1,7 @@
-"""The pictures of a sweep, drawn without pyplot: no window is opened, and the user's own style stays as it is."""
+"""The four pictures of a sweep and the three of a plan.
+
+Drawn without pyplot: no window is opened, and the user's own style stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,18 @@ from matplotlib.figure import Figure
 
 from knormpress.compare import Row, differences, group_rows, setting
 from knormpress.errors import KnormError
+from knormpress.plan import Plan
 from knormpress.plots.comprehensive import draw_comprehensive
+from knormpress.plots.frontier import draw_frontier
+from knormpress.plots.kept import draw_kept
 from knormpress.plots.scaling import draw_scaling
+from knormpress.plots.sensitivities import draw_sensitivities
 from knormpress.plots.style import DPI, STYLE
 from knormpress.plots.summary import draw_summary
 from knormpress.plots.table import draw_table
 from knormpress.plots.tradeoff import draw_tradeoff
 
-__all__ = ["draw_all", "select", "select_lengths"]
+__all__ = ["draw_all", "draw_plan", "select", "select_lengths"]
 
 _NEVER_MIXED = ("model", "dtype", "text", "device", "threads")
 # The most tokens that can be scored may follow from the length, so one with fewer is still comparable in its times.
@@ -47,6 +54,28 @@ def draw_all(rows: Iterable[Row], folder: Path) -> list[Path]:
         lengths, left_out = select_lengths(rows)
         if lengths:
             pictures["knormpress_scaling.png"] = draw_scaling(lengths, left_out)
+        return [_save(picture, folder / name) for name, picture in pictures.items()]
+
+
+def draw_plan(plan: Plan, folder: Path) -> list[Path]:
+    """Draw what ``plan`` holds into ``folder`` and return the paths: frontier, sensitivities and kept tokens.
+
+    Each is 1600 pixels wide and 1000 high, and written as ``draw_all`` does. What the plan lacks has no picture.
+
+    Raises:
+        KnormError: the plan holds none of them, or its policy does not fit its layers; nothing is written.
+    """
+    with matplotlib_style.context(["default", STYLE]):
+        pictures = {}
+        if plan.frontier:
+            pictures["knormpress_frontier.png"] = draw_frontier(plan, plan.frontier)
+        if plan.sensitivities and plan.sensitivities.text:
+            pictures["knormpress_sensitivities.png"] = draw_sensitivities(plan, plan.sensitivities)
+        if plan.kept and plan.kept.tokens:
+            pictures["knormpress_kept.png"] = draw_kept(plan, plan.kept)
+        if not pictures:
+            raise KnormError("the plan holds nothing that was measured, so there is nothing to draw: knormpress tune")
+        folder.mkdir(parents=True, exist_ok=True)
         return [_save(picture, folder / name) for name, picture in pictures.items()]
 
 

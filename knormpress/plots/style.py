@@ -30,10 +30,12 @@ __all__ = [
     "WIDTH",
     "add_band",
     "add_footer",
+    "add_footer_lines",
     "add_heading",
     "add_legend",
     "keep_ratio_axis",
     "labelled_places",
+    "layer_axis",
     "new_figure",
     "panel_figure",
     "plain",
@@ -41,6 +43,7 @@ __all__ = [
     "ratio_colours",
     "room_for_labels",
     "scale_for",
+    "shortened",
     "three_digits",
 ]
 
@@ -72,6 +75,7 @@ STYLE: dict[str, Any] = {
 _LINEAR_UP_TO = 40.0
 _LOG_BEYOND = 10.0
 _MOST_LABELS = 8
+_LAYER_LABEL = 20.0  # pixels
 
 
 def new_figure(height: int = HEIGHT) -> Figure:
@@ -126,6 +130,14 @@ def keep_ratio_axis(axes: Axes, rows: Sequence[Row]) -> list[int]:
     axes.tick_params(length=2)
     axes.grid(axis="y")
     return labelled
+
+
+def layer_axis(axes: Axes, layers: int) -> None:
+    """One row a layer, the first on top; every layer's number, every second, ... as there is room."""
+    axes.set_ylim(layers - 0.5, -0.5)
+    axes.set_yticks(range(0, layers, math.ceil(layers * _LAYER_LABEL / axes.bbox.height)))
+    axes.tick_params(length=0)
+    axes.set_ylabel("layer")
 
 
 def scale_for(axes: Axes, values: Sequence[float]) -> bool:
@@ -206,9 +218,14 @@ def add_footer(figure: Figure, rows: Sequence[Row], left_out: str) -> None:
             *([left_out] if left_out else []),
         ],
     )
+    add_footer_lines(figure, lines)
+
+
+def add_footer_lines(figure: Figure, lines: Sequence[Sequence[str]]) -> None:
+    """Two lines of facts at the bottom left."""
     height = figure.get_figheight() * DPI
     for place, line in zip((38, 18), lines, strict=True):
-        text = _shortened(plain("  |  ".join(line)), 190)
+        text = shortened(plain("  |  ".join(line)), 190)
         figure.text(0.03, place / height, text, fontsize=7, color=GREY, verticalalignment="center", parse_math=False)
 
 
@@ -220,5 +237,6 @@ def _short(name: str) -> str:
     return name if len(name) <= 36 else f"...{name[-33:]}"
 
 
-def _shortened(text: str, most: int) -> str:
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, its end cut off if it is longer."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

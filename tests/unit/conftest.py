@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.backend_bases import RendererBase
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # pytester forgets what a run imports, and datasets can't be imported twice.
 import knormpress.testing
 import knormpress.verdict_table  # noqa: F401
+from tests.pictures import Drawn
 from tests.tiny_folder import save_model, save_text
 
 torch.set_num_threads(1)
@@ -32,6 +38,23 @@ def _little_to_collect() -> None:
 @pytest.fixture(autouse=True)
 def _keep_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "unfreeze", lambda: None)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
+    """Every text that is really drawn, with its box in pixels: an axis also holds labels that it never draws."""
+    texts: Drawn = defaultdict(list)
+    draw: Callable[..., Any] = Text.draw
+
+    def watched(self: Text, renderer: RendererBase, *args: Any, **kwargs: Any) -> None:
+        draw(self, renderer, *args, **kwargs)
+        figure = self.get_figure(root=True)
+        if self.get_text().strip() and self.get_visible() and isinstance(figure, Figure):
+            texts[figure].append((self.get_text(), self.get_window_extent(renderer)))
+
+    monkeypatch.setattr(Text, "draw", watched)
+    yield texts
+    texts.clear()
 
 
 @pytest.fixture(scope="session")

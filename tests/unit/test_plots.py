@@ -3,24 +3,20 @@ from __future__ import annotations
 import io
 import os
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from itertools import combinations
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import pytest
-from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from knormpress.compare import summarize
 from knormpress.errors import KnormError
 from knormpress.plots import draw_all, select, select_lengths
 from knormpress.plots.scaling import draw_scaling
 from knormpress.records import Record
+from tests.pictures import Drawn, faults, size
 from tests.record_factory import make_record, make_records
 
 NAMES = ["comprehensive", "summary", "tradeoff", "table"]
@@ -32,48 +28,9 @@ RATIOS = {
     19: tuple(round(1.0 - 0.05 * step, 2) for step in range(19)),
 }
 
-Drawn = dict[Figure, list[tuple[str, Bbox]]]
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
-    """Every text that is really drawn, with its box in pixels: an axis also holds labels that it never draws."""
-    texts: Drawn = defaultdict(list)
-    draw: Callable[..., Any] = Text.draw
-
-    def watched(self: Text, renderer: RendererBase, *args: Any, **kwargs: Any) -> None:
-        draw(self, renderer, *args, **kwargs)
-        figure = self.get_figure(root=True)
-        if self.get_text().strip() and self.get_visible() and isinstance(figure, Figure):
-            texts[figure].append((self.get_text(), self.get_window_extent(renderer)))
-
-    monkeypatch.setattr(Text, "draw", watched)
-    yield texts
-    texts.clear()
-
 
 def draw(records: Iterable[Record], folder: Path) -> list[Path]:
     return draw_all(map(summarize, records), folder)
-
-
-def size(path: Path) -> tuple[int, int]:
-    head = path.read_bytes()[:24]
-    assert head[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-
-
-def faults(drawn: Drawn) -> list[str]:
-    found = []
-    for figure, texts in drawn.items():
-        width, height = figure.get_size_inches() * figure.dpi
-        for text, box in texts:
-            if box.x0 < 4 or box.y0 < 2 or box.x1 > width - 4 or box.y1 > height - 2:
-                found.append(f"{text!r} is not inside: {box.extents}")
-        for (one, box), (other, second) in combinations(texts, 2):
-            shared = Bbox.intersection(box, second)
-            if shared is not None and shared.width > 1 and shared.height > 1:
-                found.append(f"{one!r} and {other!r} overlap: {shared.extents}")
-    return found
 
 
 @pytest.mark.parametrize("count", RATIOS)

@@ -1,0 +1,54 @@
+"""The two lines below each picture of a plan: for which model, held to what, measured on what, when."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from knormpress.plan import Plan
+from knormpress.plots.style import add_footer_lines, pretty, shortened
+
+__all__ = ["add_plan_footer", "target_words"]
+
+_MOST = 60
+_TIME_OF_DAY = re.compile(r"(?<=^\d{4}-\d\d-\d\d)[T ]\d.*")
+
+
+def add_plan_footer(figure: Figure, plan: Plan) -> None:
+    """Model, policy, targets, texts and date at the bottom left."""
+    press = plan.press
+    recent = f", keep_recent {press.keep_recent:,}" if press.keep_recent else ""
+    made = [f"{name} {_TIME_OF_DAY.sub('', value)}" for name, value in plan.made.items()]
+    add_footer_lines(
+        figure,
+        (
+            [
+                f"{shortened(plan.model['name'], _MOST)}, {plan.model['dtype']}",
+                f"plan: mean keep {plan.mean_keep:.3f}, prune_after {press.prune_after:,}{recent}",
+                *(["targets: " + ", ".join(target_words(plan))] if target_words(plan) else []),
+            ],
+            [f"held out: {_facts(plan.held_out)}", f"searched on: {_facts(plan.calibration)}", *made],
+        ),
+    )
+
+
+def target_words(plan: Plan) -> list[str]:
+    """The targets that were asked for."""
+    ppl, passkey = plan.targets.get("ppl"), plan.targets.get("passkey")
+    words = [] if ppl is None else [pretty(f"PPL <= {ppl:+g} %")]
+    return words if passkey is None else [*words, pretty(f"passkeys >= {100 * passkey:g} %")]
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    return ", ".join(_fact(name, value) for name, value in values.items())
+
+
+def _fact(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return shortened(value, _MOST)
+    if isinstance(value, list | tuple | dict):
+        return f"{len(value):,} {name}"
+    return f"{value:,} {name}" if type(value) is int else f"{name} {value}"
