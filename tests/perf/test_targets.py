@@ -106,12 +106,12 @@ def test_decoding_close_to_the_cost_of_the_weights(model, ids, full, in_turn, ta
     target(f"TPOT at {long:,} tokens, keep 0.1", "TPOT at 16 tokens", change, reach=1.10, worst=1.5)
 
 
-def test_prefill_in_one_shot(model, ids, in_turn, target):
+def test_prefill_in_one_shot(model, ids, in_turn, target, quick):
     prompt = ids[:, :1_000]
     change = in_turn(
         lambda: prefill(model, prompt, DynamicCache(config=model.config)),
         lambda: prefill(model, prompt, KnormCache(model, KnormPress(0.5))),
-        rounds=5,
+        rounds=1 if quick else 7,
     )
     target("TTFT at 1,000 tokens, one shot, keep 0.5", "DynamicCache", change, reach=1.02, worst=1.15)
 
@@ -202,13 +202,13 @@ def test_decoding_stays_flat(model, ids, in_turn, target, long, steps):
     target(f"TPOT at {long:,} tokens seen, iterative", "TPOT at 1,000 seen", change, reach=1.10, worst=1.3)
 
 
-def test_scoring_at_seven_ratios(model, ids, in_turn, target):
+def test_scoring_at_seven_ratios(model, ids, in_turn, target, quick):
     document = ids[:, : 1_024 + 256 + 1]
     presses = [KnormPress(keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)]
     change = in_turn(
         lambda: model(document, use_cache=False),
         lambda: score_document(model, document, FullCache(), presses, context=1_024),
-        rounds=3,
+        rounds=1 if quick else 3,
     )
     target("scoring one document at 7 ratios", "one forward pass of it", change, reach=2.5, worst=6.0)
 
