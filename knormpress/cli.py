@@ -60,6 +60,7 @@ Options may be spelled with dashes or underscores: --keep-ratios and --keep_rati
 _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
+_PLAN_FILE = "plan.json"
 _FAILED = 1
 # What a shell reports for a command that SIGINT ended.
 _STOPPED = 130
@@ -204,7 +205,7 @@ def tune(
     dtype: Dtype = "float32",
     corpus: CorpusText = None,
     context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned behind.")] = 1024,
-    output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / "plan.json",
+    output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier search measured.")] = False,
 ) -> None:
     """Find the keep ratio of each layer with which least is kept within a loss.
@@ -330,7 +331,7 @@ def compare(
 @app.command()
 def report(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Records of sweeps; those in results/ unless given.")
+        list[Path] | None, typer.Argument(help="Records of sweeps, and plans (.json); those in results/ unless given.")
     ] = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     markdown: Annotated[Path | None, typer.Option(help="Write a summary to this file too, as Markdown.")] = None,
@@ -346,14 +347,16 @@ def report(
       knormpress report results/results.jsonl results-random/results.jsonl --output report.html --markdown summary.md
     """
     from knormpress.history import History
+    from knormpress.plan import read_plan
     from knormpress.records import read_records
     from knormpress.report import write_report
 
-    usual = (_RESULTS / _SWEEP_FILE, _RESULTS / _BASELINE_FILE)
+    usual = (_RESULTS / _SWEEP_FILE, _RESULTS / _BASELINE_FILE, _RESULTS / _PLAN_FILE)
     paths = files or [path for path in usual if path.is_file()]
-    records = [record for path in paths for record in read_records(path)]
+    plans = [read_plan(path) for path in paths if path.suffix == ".json"]
+    records = [record for path in paths if path.suffix != ".json" for record in read_records(path)]
     history = History.read(storage)
-    write_report(records, history, output, markdown)
+    write_report(records, history, output, markdown, plans=plans)
     for line in (*history.notes, output, *(() if markdown is None else (markdown,))):
         typer.echo(line)
 

@@ -14,6 +14,7 @@ from knormpress.plots.style import add_footer_lines, pretty, shortened
 __all__ = ["add_plan_footer", "target_words"]
 
 _MOST = 60
+_SHOWN = ("text", "documents", "passkeys")
 _TIME_OF_DAY = re.compile(r"(?<=^\d{4}-\d\d-\d\d)[T ]\d.*")
 
 
@@ -43,7 +44,7 @@ def target_words(plan: Plan) -> list[str]:
 
 
 def _facts(values: Mapping[str, Any]) -> str:
-    return ", ".join(_fact(name, value) for name, value in values.items())
+    return ", ".join(_fact(name, values[name]) for name in _SHOWN if name in values)
 
 
 def _fact(name: str, value: Any) -> str:

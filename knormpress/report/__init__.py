@@ -17,20 +17,22 @@ from matplotlib import style as matplotlib_style
 from knormpress.compare import group_rows, summarize
 from knormpress.errors import KnormError
 from knormpress.history import History
+from knormpress.plan import Plan
 from knormpress.plots.style import STYLE
 from knormpress.records import Record
 from knormpress.report import past, words
-from knormpress.report.charts import CHART_STYLE, chart_blocks, inline_svg, is_large
+from knormpress.report.charts import CHART_STYLE, chart_blocks, inline_svg, is_large, scaling_blocks
 from knormpress.report.markdown import render_markdown
 from knormpress.report.numbers import downloads
 from knormpress.report.parts import Section
+from knormpress.report.plans import plan_blocks
 from knormpress.report.settings import describe_differences, environment_blocks, families
 from knormpress.verdicts import THRESHOLDS
 
 __all__ = ["build_sections", "render_page", "write_report"]
 
 _PAGE = "page.html.j2"
-_IN_SUMMARY = ("verdicts", "results", "controls")
+_IN_SUMMARY = ("verdicts", "results", "plans", "controls")
 
 
 def write_report(
@@ -38,14 +40,16 @@ def write_report(
     history: History,
     page: Path,
     markdown: Path | None = None,
+    *,
     thresholds: Mapping[str, float] = THRESHOLDS,
+    plans: Sequence[Plan] = (),
 ) -> None:
     """Write the page, and where asked for its Markdown form; each beside its place first, then renamed.
 
     Raises:
         KnormError: there is nothing to report, a record is not sound, or a file can't be written; nothing is written.
     """
-    sections = build_sections(records, history, thresholds)
+    sections = build_sections(records, history, thresholds, plans)
     texts = {page: render_page(sections)}
     if markdown is not None:
         texts[markdown] = render_markdown([one for one in sections if one.identifier in _IN_SUMMARY])
@@ -73,21 +77,25 @@ def _write_whole(texts: Mapping[Path, str]) -> None:
 
 
 def build_sections(
-    records: Sequence[Record], history: History, thresholds: Mapping[str, float] = THRESHOLDS
+    records: Sequence[Record],
+    history: History,
+    thresholds: Mapping[str, float] = THRESHOLDS,
+    plans: Sequence[Plan] = (),
 ) -> list[Section]:
     """All that a report says, in order; sections that have nothing to say are left out.
 
     Raises:
-        KnormError: there is neither a record nor a stored run, or a record is not sound.
+        KnormError: there is no record, no stored run and no plan, or a record is not sound.
     """
-    if not records and not history.entries:
+    if not records and not history.entries and not plans:
         raise KnormError("there is nothing to report; measure first, for example with: knormpress sweep")
     # Of two records of one cell the later one stands.
     rows = [row for group in group_rows(map(summarize, records)) for row in group]
     found = families(rows)
     verdicts, note = past.judge(history, thresholds)
     with matplotlib_style.context(["default", STYLE, CHART_STYLE]):
-        charts = tuple(chart_blocks(found))
+        charts = (*chart_blocks(found), *scaling_blocks(rows))
+        plan_parts = tuple(plan_blocks(plans))
         history_blocks = tuple(past.past_blocks(history, verdicts))
     sections = [
         Section(
@@ -96,6 +104,7 @@ def build_sections(
             (*past.verdict_blocks(verdicts, note), *words.verdict_blocks(found, rows)),
         ),
         Section("results", "Results", (*describe_differences(rows), *words.table_blocks(found))),
+        Section("plans", "A ratio per layer", plan_parts),
         Section("charts", "Charts", charts),
         Section("history", "History over commits", history_blocks),
         Section("controls", "Controls", tuple(words.control_blocks(rows)) if rows else ()),

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from markupsafe import Markup
 
 from knormpress.compare import Row
+from knormpress.errors import KnormError
 from knormpress.intervals import Change
+from knormpress.plots import select_lengths
 from knormpress.plots.comprehensive import draw_panels
+from knormpress.plots.scaling import draw_scaling
 from knormpress.plots.style import BAND, GREY, STYLE
 from knormpress.plots.tradeoff import draw_tradeoff_panel
 from knormpress.report.parts import Block, Chart, Charts, Heading
 from knormpress.report.settings import Family
 from knormpress.report.words import interval
 
-__all__ = ["CHART_STYLE", "chart_blocks", "inline_svg", "is_large"]
+__all__ = ["CHART_STYLE", "chart_blocks", "inline_svg", "is_large", "scaling_blocks"]
 
 CHART_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "knormpress"}
 """Text stays text; and what is drawn twice is drawn alike."""
@@ -41,6 +44,22 @@ def chart_blocks(found: Sequence[Family]) -> Iterator[Block]:
         if len(groups) > 1:
             yield Heading(", ".join(filter(None, (group[0].record.policy.method, family.title))))
         yield Charts((_tradeoff(group), *_panels(group)))
+
+
+def scaling_blocks(rows: Sequence[Row]) -> Iterator[Block]:
+    """How TTFT and TPOT grow with the context, where several lengths were measured alike."""
+    try:
+        shown, left_out = select_lengths(rows)
+    except KnormError:  # no rows, or rows that share no picture
+        return
+    if shown:
+        points = [
+            f"{row.record.conditions.prompt_tokens:,} tokens, keep ratio {row.label}: {row.candidate.ttft_s:.3g} s and "
+            f"{row.candidate.tpot_s * 1e3:.3g} ms"
+            for row in shown
+        ]
+        words = f"TTFT and TPOT by length of the context. {'; '.join(points)}."
+        yield Charts((Chart("Time by length of the context", draw_scaling(shown, left_out), words),))
 
 
 def _tradeoff(rows: Sequence[Row]) -> Chart:

@@ -15,6 +15,7 @@ from knormpress.cli import main
 from knormpress.compare import summarize
 from knormpress.errors import KnormError
 from knormpress.history import History, store
+from knormpress.plan import write_plan
 from knormpress.records import Record, append_record, read_records
 from knormpress.report import build_sections, render_page, write_report
 from knormpress.report.charts import inline_svg, is_large
@@ -22,6 +23,7 @@ from knormpress.report.markdown import render_markdown
 from knormpress.report.parts import Chart, Charts, Findings, Section, Table, Words
 from knormpress.report.settings import families
 from tests.entry_factory import make_entry
+from tests.plan_factory import make_plan
 from tests.record_factory import make_record, make_records
 
 HOSTILE = "</script><b onclick=x>\"'&`|*_[a](http://b)@c\u2028"
@@ -362,3 +364,38 @@ def test_records_of_the_full_cache_alone_have_nothing_to_judge() -> None:
     assert "there is nothing to judge" in texts(sections, "verdicts")
     assert not any(isinstance(block, Findings) for block in sections[0].blocks)
     assert any(isinstance(block, Words) for block in sections[0].blocks)
+
+
+def test_a_plan_has_its_table_and_its_pictures(tmp_path):
+    plan = make_plan()
+    sections = build_sections([], NOTHING, plans=[plan])
+    (section,) = (one for one in sections if one.identifier == "plans")
+    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    assert len(table.rows) == len(plan.frontier)
+    assert sum("(the plan)" in row[0] for row in table.rows) == 1
+    (charts,) = (block for block in section.blocks if isinstance(block, Charts))
+    assert len(charts.charts) == 3
+    write_report([], NOTHING, tmp_path / "page.html", tmp_path / "summary.md", plans=[plan])
+    assert "(the plan)" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "page.html").read_text().count("<svg") == 3
+
+
+def test_several_lengths_are_drawn_against_the_context():
+    records = [make_record(0.5, prompt_tokens=tokens) for tokens in (512, 2048)]
+    titles = [
+        chart.title
+        for section in build_sections(records, NOTHING)
+        for block in section.blocks
+        if isinstance(block, Charts)
+        for chart in block.charts
+    ]
+    assert titles.count("Time by length of the context") == 1
+    assert "Time by length of the context" not in str(build_sections(records[:1], NOTHING))
+
+
+def test_the_command_takes_plans_beside_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_plan(make_plan(), Path("plan.json"))
+    append_record(Path("results.jsonl"), make_record(0.5))
+    assert main(["report", "results.jsonl", "plan.json"]) == 0
+    assert "(the plan)" in Path("report.html").read_text()
