@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ _SPOTS = [
     for x, y in ((-36, -13), (36, 13), (36, -13), (-36, 13), (0, -20), (0, 20))
 ]
 
-_Looks = Mapping[str, tuple[str, str, str]]
+_Looks = dict[str, tuple[str, str, str]]
 
 
 def draw_frontier(plan: Plan, points: Sequence[Point]) -> Figure:
@@ -132,13 +132,14 @@ def _draw_perplexity(
     logarithmic = scale_for(axes, reach)
     if not logarithmic:
         axes.yaxis.set_major_formatter(lambda value, _: pretty(f"{value:g}"))
-    for name, look in looks.items():
+    # The plan's own line is drawn last, over the others.
+    for name, look in reversed(looks.items()):
         mine = _named(points, name)
         keeps = [point.mean_keep for point in mine]
         middles = [(point.ppl[1] + point.ppl[2]) / 2 for point in mine]
         halves = [abs(point.ppl[2] - point.ppl[1]) / 2 for point in mine]
         axes.errorbar(keeps, middles, yerr=halves, fmt="none", ecolor=look[0], elinewidth=1.1, zorder=2)
-        handles.append(_draw_line(axes, name, keeps, [point.ppl[0] for point in mine], look))
+        handles.insert(0, _draw_line(axes, name, keeps, [point.ppl[0] for point in mine], look))
     keeps = [point.mean_keep for point in points]
     margin = 0.05 * (max(keeps) - min(keeps)) or 0.05
     axes.set_xlim(min(keeps) - margin, max(keeps) + margin)
@@ -152,7 +153,7 @@ def _draw_perplexity(
 
 
 def _draw_passkeys(axes: Axes, tried: Sequence[Point], looks: _Looks, share: float | None) -> None:
-    for name, look in looks.items():
+    for name, look in reversed(looks.items()):
         mine = _named(tried, name)
         _draw_line(axes, name, [point.mean_keep for point in mine], list(map(_found, mine)), look)
     axes.set_ylim(-6.0, 106.0)
