@@ -149,7 +149,7 @@ def tune(
         targets={"ppl": targets.ppl, "passkey": targets.passkey},
         calibration=_text_of(bench, context, CALIBRATION_SCORED, len(seen), len(prompts)),
         held_out=_text_of(bench, context, SCORED, len(unseen), HELD_OUT_PASSKEYS if prompts else 0),
-        made={"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "knormpress": __version__},
+        made={"tuned": datetime.now(timezone.utc).isoformat(timespec="seconds"), "knormpress": __version__},
     )
     with Probes.open(
         bench.model,

@@ -147,6 +147,8 @@ def scale_for(axes: Axes, values: Sequence[float]) -> bool:
     decades = math.ceil(math.log10(max(map(abs, values))))
     axes.set_yscale("symlog", linthresh=_LOG_BEYOND, linscale=max(1.0, 0.4 * decades))
     powers = [10.0**power for power in range(1, 1 + decades, math.ceil(decades / 5))]
+    if decades <= 2:
+        powers += [20.0, 50.0]
     ticks = [-5.0, 0.0, 5.0, *powers, *(-power for power in powers if -power >= min(values))]
     axes.set_yticks(ticks, [pretty(_tick(tick)) for tick in ticks])
     axes.minorticks_off()
