@@ -87,6 +87,27 @@ def test_decoding_behind_a_long_context(model, full, in_turn, target, long, step
     target(f"TPOT at {long:,} tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.05)
 
 
+@pytest.mark.parametrize("against", [1.0, 0.75])
+def test_decoding_under_a_plan(model, full, in_turn, target, pytestconfig, long, steps, against):
+    path = pytestconfig.getoption("--knorm-plan")
+    if not path:
+        pytest.skip("no plan was given by --knorm-plan")
+    press = KnormPress.from_plan(path, model)
+    tuned, other = KnormCache(model, press), KnormCache(model, KnormPress(against))
+    tuned.prefill_from(full)
+    if against == 1.0:
+        other = copy_of(model, full)
+        whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in other.layers)
+    else:
+        other.prefill_from(full)
+        whole = other.nbytes
+    name = "DynamicCache" if against == 1.0 else f"keep {against}"
+    share = Change((tuned.nbytes / whole - 1) * 100, None, None)
+    target(f"cache bytes at {long:,} tokens, the plan", name, share, reach=1.0, worst=1.0)
+    change = in_turn(decoding(model, other), decoding(model, tuned), rounds=steps)
+    target(f"TPOT at {long:,} tokens, the plan", name, change, reach=1.0, worst=1.2)
+
+
 def test_decoding_beside_kvpress(model, ids, full, in_turn, target, long, steps):
     pytest.importorskip("kvpress")
     with make_method("kvpress:KnormPress", KnormPress(0.5))(model) as new_cache:
