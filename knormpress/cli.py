@@ -199,7 +199,7 @@ def tune(
     target_passkey: Annotated[
         str, typer.Option(help='Share of the passkeys that must still be found, or "none".')
     ] = "0.9",
-    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan comes on top.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan comes on top.")] = 4.0,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "float32",

@@ -43,7 +43,7 @@ _RECENT, _OTHER_RECENT = 32, (16, 64)
 # How much a passkey weighs beside the text, each in units of what is allowed.
 _WEIGHTS = (0.1, 0.3, 1.0)
 _STEP = 0.6
-_COMPARED = (0.7, 0.6, 0.5, 0.45, 0.4, 0.3)
+_COMPARED = (0.6, 0.5, 0.45, 0.4, 0.3)
 _UNIFORM = (0.9, 0.8, 0.7, 0.5)
 _OTHERS, _OTHER_RATIOS = ("random", "recent-window", "keydiff"), (0.7, 0.5)
 
@@ -96,7 +96,7 @@ def tune(
     path: Path,
     *,
     context: int = 1_024,
-    minutes: float = 5.0,
+    minutes: float = 4.0,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
