@@ -86,7 +86,7 @@ class TerminalProgress(Progress):
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, doing: str) -> None:
-        """Move the bar."""
+        """Move the bar to ``done`` of ``total``; without a terminal, say what one is ``doing`` when that changes."""
         self._bar.update(self._task, completed=done, total=total, description=doing)
         if self._bar.disable and doing != self._doing:
             self.say(f"[{done}/{total}] {doing}")

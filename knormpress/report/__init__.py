@@ -77,6 +77,11 @@ def build_sections(
 ) -> list[Section]:
     """All that a report says, in order; sections that have nothing to say are left out.
 
+    Args:
+        records: of two of one cell the later one stands.
+        history: the stored runs.
+        thresholds: see ``verdicts.THRESHOLDS``.
+
     Raises:
         KnormError: there is neither a record nor a stored run, or a record is not sound.
     """
