@@ -40,8 +40,8 @@ _WHY_PPL = "PPL: a change of 0 comes from scoring with a cache that was never pr
 class Speed:
     """Medians over the runs of one side.
 
-    ``ttft_s``, ``tpot_s``, ``gap_p50_s`` and ``gap_p90_s`` in seconds, ``throughput`` in new tokens per second; gaps are
-    pooled over all runs.
+    ``ttft_s``, ``tpot_s``, ``gap_p50_s`` and ``gap_p90_s`` in seconds, ``throughput`` in new tokens per second; gaps
+    are pooled over all runs.
     """
 
     ttft_s: float

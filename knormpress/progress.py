@@ -52,11 +52,12 @@ class TerminalProgress(Progress):
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._console = Console(stderr=True)
+        from knormpress.console import make_console
+
+        self._console = make_console(stderr=True)
         columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         self._bar = Bar(
             *columns,

@@ -22,7 +22,11 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield from textwrap.wrap(verdict.reason, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
         for finding in verdict.findings:
             change = "" if finding.change is None else f"  {finding.change} ({finding.change.interval})"
-            yield f"{_INDENT}{finding.metric:<11}{finding.word:<13}{' -> '.join(finding.figures)}{change}"
+            line = f"{_INDENT}{finding.metric:<11}{finding.word:<13}{' -> '.join(finding.figures)}"
+            if len(line + change) <= _WIDTH:
+                yield line + change
+            else:
+                yield from (line, f"{_INDENT}{' ' * 24}{change.strip()}")
 
 
 def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
