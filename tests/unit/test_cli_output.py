@@ -179,6 +179,22 @@ def test_ctrl_c_leaves_a_search_that_can_go_on(tune: list[str], tmp_path: Path) 
     assert notes.exists()
 
 
+def test_ctrl_c_in_a_report_leaves_the_old_page(
+    sweep: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "report.html").write_text("old")
+    monkeypatch.setattr(TerminalProgress, "step", interrupt)
+    capsys.readouterr()
+    given = ["--output", str(tmp_path / "report.html"), "--storage", str(tmp_path / "none")]
+    assert main(["report", str(folder / "results.jsonl"), *given]) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "stopped: nothing is half written, and the same command starts over\n")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.html", "old")]
+
+
 def widths(lines: list[str]) -> int:
     return max(map(len, lines))
 
