@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from knormpress.commands import STOPPED, judge_runs, measure_cells, search_plan
+from knormpress.commands import Stopped, judge_runs, measure_cells, search_plan
 from knormpress.errors import KnormError
 from knormpress.options import (
     CorpusText,
@@ -61,7 +60,8 @@ _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
 _FAILED = 1
-_WIDTH = 80
+# What a shell reports for a command that SIGINT ended.
+_STOPPED = 130
 
 
 @app.command()
@@ -300,18 +300,18 @@ def compare(
       knormpress compare main
       knormpress compare HEAD~1 --tests "tests/perf --knorm-keep-ratios 0.5" --markdown summary.md
     """
-    from knormpress.verdict_table import verdict_lines, verdict_markdown
+    from knormpress.verdict_table import fill, verdict_lines, verdict_markdown
     from knormpress.verdicts import read_thresholds
 
     verdicts, notes, faults = judge_runs(base, tests, storage, read_thresholds(thresholds))
     for line in notes:
-        typer.echo(_fill(line), err=as_json)
+        typer.echo(fill(line), err=as_json)
     for verdict in verdicts if as_json else ():
         typer.echo(json.dumps(dataclasses.asdict(verdict), allow_nan=False))
     for line in () if as_json else verdict_lines(verdicts):
         typer.echo(line)
     for line in faults:
-        typer.echo(_fill(line), err=as_json)
+        typer.echo(fill(line), err=as_json)
     if markdown is not None:
         markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
@@ -375,13 +375,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return int(app(args=given or ["--help"], prog_name="knormpress", standalone_mode=False) or 0)
+        status = int(app(args=given or ["--help"], prog_name="knormpress", standalone_mode=False) or 0)
     except KnormError as error:
         typer.echo(f"error: {error}", err=True)
         return 2
+    except Stopped as stopped:
+        typer.echo(stopped, err=True)
+        return _STOPPED
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped: nothing is half written, and the same command starts over", err=True)
-        return STOPPED
+        status = _STOPPED
     except Exception as error:
         # What typer raises for a command line it can't parse; where that class lives differs between its versions.
         format_message: Callable[[], str] | None = getattr(error, "format_message", None)
@@ -391,7 +393,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = "knormpress" if context is None else context.command_path
         typer.echo(f"error: {format_message()} (see {command} --help)", err=True)
         return 2
-
-
-def _fill(line: str) -> str:
-    return textwrap.fill(line, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    # Typer ends a command so itself when Ctrl-C reaches it.
+    if status == _STOPPED:
+        typer.echo("stopped: nothing is half written, and the same command starts over", err=True)
+    return status

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from knormpress.tune import Targets
     from knormpress.verdicts import Verdict
 
-__all__ = ["STOPPED", "judge_runs", "measure_cells", "search_plan"]
+__all__ = ["Stopped", "judge_runs", "measure_cells", "search_plan"]
 
-STOPPED = 130
-"""What a shell reports for a command that SIGINT ended."""
+
+class Stopped(Exception):
+    """The user stopped a command; the message says what is kept and how to go on."""
 
 
 @contextmanager
@@ -31,8 +32,7 @@ def _stoppable(how_to_go_on: str, *, begin: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"{begin}stopped: {how_to_go_on}", err=True)
-        raise typer.Exit(STOPPED) from None
+        raise Stopped(f"{begin}stopped: {how_to_go_on}") from None
 
 
 def _again(fresh: bool) -> str:
@@ -43,7 +43,7 @@ def measure_cells(settings: SweepSettings, path: Path, *, fresh: bool) -> list[R
     """The records of a sweep, see ``sweep.run`` for what it takes.
 
     Raises:
-        typer.Exit: the user stopped it, and was told how to go on.
+        Stopped: the user stopped it.
     """
     from knormpress.sweep import run
 
@@ -67,7 +67,7 @@ def search_plan(
     """The plan that ``tune.tune`` finds, and leaves at ``path``; where model and text come from is as for a sweep.
 
     Raises:
-        typer.Exit: the user stopped it, and was told how to go on.
+        Stopped: the user stopped it.
     """
     from knormpress.bench import Bench
     from knormpress.corpora import load_corpus
@@ -99,7 +99,7 @@ def judge_runs(
 
     Raises:
         KnormError: there is no such commit or no run, or pytest can't run the tests.
-        typer.Exit: the user stopped it.
+        Stopped: the user stopped it.
     """
     from knormpress.history import History, judge_commits, judge_newest
     from knormpress.in_turn import measure_in_turn, resolve_commit
