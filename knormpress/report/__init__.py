@@ -55,12 +55,12 @@ def write_report(
         KnormError: there is nothing to report, a record is not sound, or a file can't be written; nothing is written.
     """
     sections = build_sections(records, history, thresholds)
+    for path in filter(None, (page, markdown)):
+        if path.is_dir():
+            raise KnormError(f"{path} is a folder; name a file to write to")
     texts = {page: render_page(sections, progress)}
     if markdown is not None:
         texts[markdown] = render_markdown([one for one in sections if one.identifier in _IN_SUMMARY])
-    for path in texts:
-        if path.is_dir():
-            raise KnormError(f"{path} is a folder; name a file to write to")
     try:
         _write_whole(texts)
     except OSError as error:
