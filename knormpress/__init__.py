@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from knormpress.errors import KnormError
@@ -14,11 +15,15 @@ __all__ = ["KnormCache", "KnormError", "KnormPress", "LayerStats", "__version__"
 
 __version__ = "0.1.0"
 
+_LAZY = {"KnormCache": "knormpress.cache", "LayerStats": "knormpress.cache"}
+
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import; `knormpress --help` and the policy do without it.
-    if name in ("KnormCache", "LayerStats"):
-        from knormpress import cache
-
-        return getattr(cache, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

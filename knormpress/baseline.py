@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from knormpress.compare import summarize
@@ -9,13 +10,23 @@ from knormpress.records import Record
 
 __all__ = ["describe_baseline"]
 
+_WIDTH = 80
+_INDENT = " " * 13
+
 
 def describe_baseline(record: Record) -> Iterator[str]:
     """Lines that sum up a record in which both sides are the full cache (method ``full``).
 
     As both sides did the same, the changes between them are the noise of this machine: another method's change of that
-    size says nothing.
+    size says nothing. Lines have at most 80 columns, but for names without a space.
     """
+    for line in _lines(record):
+        yield from textwrap.wrap(
+            line, _WIDTH, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
+        )
+
+
+def _lines(record: Record) -> Iterator[str]:
     row = summarize(record)
     speed, conditions, memory, environment = row.baseline, record.conditions, record.memory, record.environment
     cold = record.latency.ttft_cold_s

@@ -242,7 +242,13 @@ _process_is_cold = True
 
 
 def cold_ttft(bench: Bench, prompt: Tensor, *, prefill_chunk: int | None) -> float | None:
-    """Seconds to the first token of the first call of this process, with the full cache; None in any later call."""
+    """Seconds to the first token of the first call of this process, with the full cache; None in any later call.
+
+    Args:
+        bench: the model.
+        prompt: (1, n) token ids.
+        prefill_chunk: tokens a forward pass takes at most; None sends the prompt whole.
+    """
     global _process_is_cold  # noqa: PLW0603 - being cold is a state of the process
     if not _process_is_cold:
         return None

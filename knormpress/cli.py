@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import shlex
+import dataclasses
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from knormpress.commands import Stopped, judge_runs, measure_cells, search_plan
 from knormpress.errors import KnormError
 from knormpress.options import (
     CorpusText,
     Device,
     Dtype,
     Fresh,
+    Json,
     Model,
     NewTokens,
     Output,
@@ -30,10 +33,6 @@ from knormpress.options import (
 )
 from knormpress.press import KnormPress
 from knormpress.progress import TerminalProgress
-
-if TYPE_CHECKING:
-    from knormpress.records import Record
-    from knormpress.sweep import SweepSettings
 
 __all__ = ["app", "main"]
 
@@ -82,6 +81,7 @@ def baseline(
     seconds: Seconds = 20.0,
     output: Output = _RESULTS,
     fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the full cache alone.
 
@@ -113,7 +113,10 @@ def baseline(
         corpus=corpus,
         devices=words(device),
     )
-    for record in _measure(settings, output / _BASELINE_FILE, fresh):
+    for record in measure_cells(settings, output / _BASELINE_FILE, fresh=fresh):
+        if as_json:
+            typer.echo(record.model_dump_json())
+            continue
         typer.echo("")
         for line in describe_baseline(record):
             typer.echo(line)
@@ -147,6 +150,7 @@ def sweep(
     seconds: Seconds = 20.0,
     output: Output = _RESULTS,
     fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:
     """Measure keep ratios against the full cache.
 
@@ -187,7 +191,11 @@ def sweep(
         devices=words(device),
     )
     path = output / _SWEEP_FILE
-    records = _measure(settings, path, fresh)
+    records = measure_cells(settings, path, fresh=fresh)
+    if as_json:
+        for record in records:
+            typer.echo(record.model_dump_json())
+        return
     print_tables(map(summarize, records))
     typer.echo(f"results: {path}; pictures: knormpress plot {path}")
 
@@ -207,6 +215,7 @@ def tune(
     context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned behind.")] = 1024,
     output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier search measured.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find the keep ratio of each layer with which least is kept within a loss.
 
@@ -219,29 +228,28 @@ def tune(
       knormpress tune --target-ppl 1% --target-passkey none --minutes 20 --output plan-1.json
       knormpress sweep --plan results/plan.json --keep-ratios 1.0,0.8
     """
-    from knormpress.bench import Bench
-    from knormpress.corpora import load_corpus
-    from knormpress.devices import resolve
     from knormpress.plan_table import print_plan
     from knormpress.tune import Targets
-    from knormpress.tune import tune as search
 
     (percent,) = numbers("target_ppl", target_ppl.strip().removesuffix("%"), float)[:1]
     share = None if target_passkey.strip().lower() == "none" else numbers("target_passkey", target_passkey, float)[0]
-    targets = Targets(percent, share)
-    try:
-        with TerminalProgress() as progress:
-            text = load_corpus(corpus)
-            progress.say(text.notice)
-            bench = Bench.open(model, text, device=resolve(device), dtype=dtype)
-            plan = search(bench, targets, output, context=context, minutes=minutes, fresh=fresh, progress=progress)
-    except KeyboardInterrupt:
-        typer.echo("stopped: what was measured is kept, and the same command without --fresh goes on", err=True)
-        raise typer.Exit(_STOPPED) from None
-    print_plan(plan)
-    typer.echo(
-        f"plan: {output}; pictures: knormpress plot {output}; use it: KnormPress.from_plan({str(output)!r}, model)"
+    plan = search_plan(
+        Targets(percent, share),
+        output,
+        model=model,
+        device=device,
+        dtype=dtype,
+        corpus=corpus,
+        context=context,
+        minutes=minutes,
+        fresh=fresh,
     )
+    if as_json:
+        typer.echo(output.read_text(encoding="utf-8"), nl=False)
+        return
+    print_plan(plan)
+    typer.echo(f"plan: {output}\npictures: knormpress plot {output}")
+    typer.echo(f"use it: KnormPress.from_plan({str(output)!r}, model)")
 
 
 @app.command()
@@ -286,10 +294,12 @@ def compare(
     base: Annotated[
         str | None, typer.Argument(help="A commit to measure in turn with HEAD, now; the stored runs unless given.")
     ] = None,
+    *,
     tests: Annotated[str, typer.Option(help="With BASE: what pytest is to run.")] = "tests/perf tests/quality",
     storage: Annotated[Path, typer.Option(help="pytest-benchmark's storage.")] = Path(".benchmarks"),
     thresholds: Annotated[str, typer.Option(help="Losses in % that are allowed, such as tpot=5,bytes=0.5.")] = "",
     markdown: Annotated[Path | None, typer.Option(help="Write the verdicts to this file too, as Markdown.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Say what became of every figure since its baseline; exit with status 1 if one regressed.
 
@@ -302,26 +312,18 @@ def compare(
       knormpress compare main
       knormpress compare HEAD~1 --tests "tests/perf --knorm-keep-ratios 0.5" --markdown summary.md
     """
-    from knormpress.history import History, judge_commits, judge_newest
-    from knormpress.in_turn import measure_in_turn, resolve_commit
-    from knormpress.verdict_table import verdict_lines, verdict_markdown
+    from knormpress.verdict_table import fill, verdict_lines, verdict_markdown
     from knormpress.verdicts import read_thresholds
 
-    limits = read_thresholds(thresholds)
-    faults: list[str] = []
-    if base is None:
-        history = History.read(storage)
-        verdicts = judge_newest(history, limits)
-    else:
-        commits = resolve_commit(base), resolve_commit("HEAD")
-        if commits[0] == commits[1]:
-            raise KnormError(f"{base} and HEAD are one commit, {commits[0][:12]}; name another")
-        before = {entry.run for entry in History.read(storage).entries}
-        faults = measure_in_turn(*commits, shlex.split(tests), storage, lambda text: typer.echo(text, err=True))
-        history = History.read(storage).without(before)
-        verdicts = judge_commits(history, *commits, limits)
-    for line in (*history.notes, *verdict_lines(verdicts), *faults):
+    verdicts, notes, faults = judge_runs(base, tests, storage, read_thresholds(thresholds))
+    for line in notes:
+        typer.echo(fill(line), err=as_json)
+    for verdict in verdicts if as_json else ():
+        typer.echo(json.dumps(dataclasses.asdict(verdict), allow_nan=False))
+    for line in () if as_json else verdict_lines(verdicts):
         typer.echo(line)
+    for line in faults:
+        typer.echo(fill(line), err=as_json)
     if markdown is not None:
         markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
@@ -356,7 +358,8 @@ def report(
     plans = [read_plan(path) for path in paths if path.suffix == ".json"]
     records = [record for path in paths if path.suffix != ".json" for record in read_records(path)]
     history = History.read(storage)
-    write_report(records, history, output, markdown, plans=plans)
+    with TerminalProgress() as progress:
+        write_report(records, history, output, markdown, plans=plans, progress=progress)
     for line in (*history.notes, output, *(() if markdown is None else (markdown,))):
         typer.echo(line)
 
@@ -386,13 +389,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return int(app(args=given or ["--help"], prog_name="knormpress", standalone_mode=False) or 0)
+        status = int(app(args=given or ["--help"], prog_name="knormpress", standalone_mode=False) or 0)
     except KnormError as error:
         typer.echo(f"error: {error}", err=True)
         return 2
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped", err=True)
+    except Stopped as stopped:
+        typer.echo(stopped, err=True)
         return _STOPPED
+    except (KeyboardInterrupt, typer.Abort):
+        status = _STOPPED
     except Exception as error:
         # What typer raises for a command line it can't parse; where that class lives differs between its versions.
         format_message: Callable[[], str] | None = getattr(error, "format_message", None)
@@ -402,15 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = "knormpress" if context is None else context.command_path
         typer.echo(f"error: {format_message()} (see {command} --help)", err=True)
         return 2
-
-
-def _measure(settings: SweepSettings, path: Path, fresh: bool) -> list[Record]:
-    from knormpress.sweep import run
-
-    try:
-        with TerminalProgress() as progress:
-            return list(run(settings, path, fresh=fresh, progress=progress))
-    except KeyboardInterrupt:
-        again = "the same command without --fresh" if fresh else "the same command"
-        typer.echo(f"stopped: finished cells are kept in {path}, and {again} goes on from there", err=True)
-        raise typer.Exit(_STOPPED) from None
+    # Typer ends a command so itself when Ctrl-C reaches it.
+    if status == _STOPPED:
+        typer.echo("stopped: nothing is half written, and the same command starts over", err=True)
+    return status

@@ -38,7 +38,11 @@ _WHY_PPL = "PPL: a change of 0 comes from scoring with a cache that was never pr
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the runs of one side: seconds, and new tokens per second; the gaps are pooled over all runs."""
+    """Medians over the runs of one side.
+
+    ``ttft_s``, ``tpot_s``, ``gap_p50_s`` and ``gap_p90_s`` in seconds, ``throughput`` in new tokens per second; gaps
+    are pooled over all runs.
+    """
 
     ttft_s: float
     tpot_s: float

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from knormpress.errors import KnormError
 __all__ = ["measure_in_turn", "resolve_commit"]
 
 _PASSED, _TESTS_FAILED = 0, 1
+_STDERR = 2
 
 
 def resolve_commit(name: str) -> str:
@@ -56,8 +58,11 @@ def measure_in_turn(
             for side, commit in (("base", base), ("head", head)):
                 if git("worktree", "add", "--detach", str(checkouts[side]), commit) is None:
                     raise KnormError(f"git can't check out {commit[:12]} into {checkouts[side]}; see git worktree list")
+            start = time.monotonic()
             for number, side in enumerate(("base", "head", "head", "base"), start=1):
-                say(f"run {number} of 4: {side}")
+                spent = time.monotonic() - start
+                left = f", about {spent / (number - 1) * (5 - number):.0f} s left" if number > 1 else ""
+                say(f"run {number} of 4: {side}{left}")
                 status = _pytest(checkouts[side], [*pytest_arguments, "--knorm-save"], storage)
                 if status not in (_PASSED, _TESTS_FAILED):
                     raise KnormError(f"pytest ended with status {status} in the checkout of {side}; see its output")
@@ -72,4 +77,5 @@ def measure_in_turn(
 def _pytest(checkout: Path, arguments: Sequence[str], storage: Path) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(checkout), os.getenv("PYTHONPATH"))))}
     command = [sys.executable, "-m", "pytest", *arguments, f"--benchmark-storage=file://{storage}"]
-    return subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
+    # Stdout is for the verdicts alone.
+    return subprocess.run(command, cwd=checkout, env=environment, stdout=_STDERR, check=False).returncode

@@ -20,7 +20,10 @@ _LEAST_PAIRS = 3
 
 @dataclass(frozen=True)
 class Change:
-    """A change against the in-run baseline in %, with its 95 % interval; None where the data can't give an interval."""
+    """A change against the in-run baseline in %: ``percent``, and the ends ``low`` and ``high`` of its 95 % interval.
+
+    The ends are None where the data can't give an interval.
+    """
 
     percent: float
     low: float | None
@@ -81,7 +84,7 @@ def ratio_of_ratios(before: ArrayLike, after: ArrayLike) -> Change:
 
 
 def spanning(middle: float, low: float, high: float) -> Change:
-    """A change whose interval holds it."""
+    """A change of ``middle`` %, whose interval from ``low`` to ``high`` is widened until it holds it."""
     # Sums in another order round differently, which can push an interval of almost no width off its own middle.
     return Change(middle, min(low, middle), max(high, middle))
 

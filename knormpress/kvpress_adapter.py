@@ -25,7 +25,7 @@ from knormpress.errors import KnormError
 from knormpress.masks import is_attention, real_tokens
 from knormpress.press import KnormPress
 
-__all__ = ["KvpressMethod", "PressedCache", "is_kvpress"]
+__all__ = ["KvpressMethod", "PressedCache", "PressedLayer", "is_kvpress"]
 
 # They turn the kept keys to new positions, so that none of the tokens has its own any more.
 _REROTATES = {"FinchPress", "KeyRerotationPress", "RestoreKVPress"}
@@ -52,7 +52,7 @@ class PressedLayer(DynamicLayer):
         return self.stored + query_length, self.seen - self.stored
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new tokens; keys and values are (B, H, new, D)."""
+        """Take new tokens: ``key_states`` and ``value_states`` (B, H, new, D)."""
         self.seen += key_states.shape[-2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         return keys, values

@@ -65,7 +65,14 @@ class TokenLog:
 
 
 class KnormLayer(CacheLayerMixin):
-    """One full-attention layer of a ``KnormCache``."""
+    """One full-attention layer of a ``KnormCache``.
+
+    Args:
+        index: its number in the model.
+        press: the policy; its ratios give way to ``ratio``, the layer's own.
+        score: what ranks the tokens, the lowest being kept.
+        log: the tokens that the model has seen, shared by the layers of a cache.
+    """
 
     is_croppable = True
     is_sliding = False

@@ -99,7 +99,10 @@ def random_order(keys: Tensor, positions: Tensor, layer: int) -> Tensor:
 
 
 def recent_window(keys: Tensor, positions: Tensor, *_: object) -> Tensor:
-    """Keep the first few tokens and the newest, as StreamingLLM does (Xiao et al., ICLR 2024, arXiv 2309.17453)."""
+    """Keep the first few tokens and the newest, as StreamingLLM does (Xiao et al., ICLR 2024, arXiv 2309.17453).
+
+    A ``layer.Score``: ``keys`` (B, H, n, D) and ``positions`` (B, H, n) to scores (B, H, n), the lowest being kept.
+    """
     age = torch.where(positions < _SINKS, _BELOW_ANY_AGE, -positions)
     return age.float().expand(keys.shape[:-1])
 

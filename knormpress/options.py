@@ -15,6 +15,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Fresh",
+    "Json",
     "Model",
     "NewTokens",
     "Output",
@@ -48,6 +49,7 @@ Precision = Annotated[float, typer.Option(help="Half width in % of the timings' 
 Seconds = Annotated[float, typer.Option(help="Beyond --rounds, no pair of a cell is begun after so many seconds.")]
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew; the earlier results are renamed.")]
+Json = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else, to stdout.")]
 
 
 def words(text: str) -> tuple[str, ...]:

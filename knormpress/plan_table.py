@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from knormpress.console import make_console
 from knormpress.intervals import Change
 from knormpress.plan import Plan
 from knormpress.table import WIDTH
@@ -15,13 +16,14 @@ __all__ = ["print_plan"]
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print what the plan keeps and how it compares, on what the search did not see; in at most 80 columns."""
-    console = console or Console()
+    console = console or make_console()
     width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     held, press = plan.held_out, plan.press
     table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         title=f"{plan.model['name']}: {held['documents']} unseen documents, {held['scored']} tokens after"
         f" {held['context']:,}",
         title_style="bold",

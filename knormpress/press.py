@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from knormpress.cache import KnormCache
 
-__all__ = ["KnormPress", "Schedule"]
+__all__ = ["KnormPress", "Schedule", "share"]
 
 Schedule = Literal["proportional", "iterative"]
 

@@ -52,11 +52,12 @@ class TerminalProgress(Progress):
     """
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self._console = Console(stderr=True)
+        from knormpress.console import make_console
+
+        self._console = make_console(stderr=True)
         columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         self._bar = Bar(
             *columns,
@@ -86,7 +87,7 @@ class TerminalProgress(Progress):
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, doing: str) -> None:
-        """Move the bar."""
+        """Move the bar to ``done`` of ``total``; without a terminal, say what one is ``doing`` when that changes."""
         self._bar.update(self._task, completed=done, total=total, description=doing)
         if self._bar.disable and doing != self._doing:
             self.say(f"[{done}/{total}] {doing}")

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knormpress.compare import Change, Row, Speed, Verdict, group_rows, judge_claims, judge_targets
+from knormpress.console import make_console
 from knormpress.verdicts import speed_moved
 
 __all__ = ["WIDTH", "cautions", "print_tables", "render"]
@@ -30,7 +31,7 @@ def print_tables(rows: Iterable[Row], console: Console | None = None) -> None:
 
     At most 80 columns are used, in a pipe too; there the text carries no colour codes.
     """
-    console = console or Console()
+    console = console or make_console()
     width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     rows = list(rows)
     for group in group_rows(rows):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from knormpress.verdicts import Verdict, worst
 
-__all__ = ["count_words", "verdict_lines", "verdict_markdown", "worst_first"]
+__all__ = ["count_words", "fill", "verdict_lines", "verdict_markdown", "worst_first"]
 
 _WIDTH = 80
 _INDENT = " " * 13
@@ -22,7 +22,11 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield from textwrap.wrap(verdict.reason, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
         for finding in verdict.findings:
             change = "" if finding.change is None else f"  {finding.change} ({finding.change.interval})"
-            yield f"{_INDENT}{finding.metric:<11}{finding.word:<13}{' -> '.join(finding.figures)}{change}"
+            line = f"{_INDENT}{finding.metric:<11}{finding.word:<13}{' -> '.join(finding.figures)}"
+            if len(line + change) <= _WIDTH:
+                yield line + change
+            else:
+                yield from (line, f"{_INDENT}{' ' * 24}{change.strip()}")
 
 
 def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
@@ -38,6 +42,11 @@ def verdict_markdown(verdicts: Sequence[Verdict]) -> str:
             cells = (verdict.test, finding.metric, finding.word, *finding.figures, change)
             lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join([*lines, "", "</details>", ""])
+
+
+def fill(text: str) -> str:
+    """``text`` in lines of at most 80 columns, but for long names."""
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from knormpress.masks import is_attention
 
-__all__ = ["Outputs", "Replay", "replayed"]
+__all__ = ["Outputs", "Replay", "decoder_layers", "replayed"]
 
 Outputs = dict[int, Any]
 """What each decoder layer gave, by its number."""

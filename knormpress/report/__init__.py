@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib import style as matplotlib_style
 
 from knormpress.compare import group_rows, summarize
@@ -19,12 +20,13 @@ from knormpress.errors import KnormError
 from knormpress.history import History
 from knormpress.plan import Plan
 from knormpress.plots.style import STYLE
+from knormpress.progress import Progress, ticking
 from knormpress.records import Record
 from knormpress.report import past, words
 from knormpress.report.charts import CHART_STYLE, chart_blocks, inline_svg, is_large, scaling_blocks
 from knormpress.report.markdown import render_markdown
 from knormpress.report.numbers import downloads
-from knormpress.report.parts import Section
+from knormpress.report.parts import Chart, Charts, Section
 from knormpress.report.plans import plan_blocks
 from knormpress.report.settings import describe_differences, environment_blocks, families
 from knormpress.verdicts import THRESHOLDS
@@ -43,19 +45,25 @@ def write_report(
     *,
     thresholds: Mapping[str, float] = THRESHOLDS,
     plans: Sequence[Plan] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write the page, and where asked for its Markdown form; each beside its place first, then renamed.
+
+    Args:
+        records, history, thresholds, plans: see ``build_sections``.
+        page, markdown: the files.
+        progress: told of every chart.
 
     Raises:
         KnormError: there is nothing to report, a record is not sound, or a file can't be written; nothing is written.
     """
     sections = build_sections(records, history, thresholds, plans)
-    texts = {page: render_page(sections)}
-    if markdown is not None:
-        texts[markdown] = render_markdown([one for one in sections if one.identifier in _IN_SUMMARY])
-    for path in texts:
+    for path in filter(None, (page, markdown)):
         if path.is_dir():
             raise KnormError(f"{path} is a folder; name a file to write to")
+    texts = {page: render_page(sections, progress)}
+    if markdown is not None:
+        texts[markdown] = render_markdown([one for one in sections if one.identifier in _IN_SUMMARY])
     try:
         _write_whole(texts)
     except OSError as error:
@@ -83,6 +91,12 @@ def build_sections(
     plans: Sequence[Plan] = (),
 ) -> list[Section]:
     """All that a report says, in order; sections that have nothing to say are left out.
+
+    Args:
+        records: of two of one cell the later one stands.
+        history: the stored runs.
+        thresholds: see ``verdicts.THRESHOLDS``.
+        plans: what ``knormpress tune`` found.
 
     Raises:
         KnormError: there is no record, no stored run and no plan, or a record is not sound.
@@ -115,10 +129,19 @@ def build_sections(
     return [section for section in sections if section.blocks]
 
 
-def render_page(sections: Sequence[Section]) -> str:
-    """The page as HTML."""
+def render_page(sections: Sequence[Section], progress: Progress | None = None) -> str:
+    """The page as HTML; ``progress`` is told of every chart."""
+    blocks = [block for section in sections for block in section.blocks]
+    charts = sum(len(block.charts) for block in blocks if isinstance(block, Charts))
+    tick = ticking(progress or Progress(), charts, "drawing the charts")
+
+    def drawn(chart: Chart, identifier: str) -> Markup:
+        svg = inline_svg(chart, identifier)
+        tick()
+        return svg
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(svg=inline_svg, large=is_large, base64=_base64)
+    environment.filters.update(svg=drawn, large=is_large, base64=_base64)
     template = environment.from_string(resources.files(__name__).joinpath(_PAGE).read_text(encoding="utf-8"))
     with matplotlib_style.context(["default", STYLE, CHART_STYLE]):
         return template.render(sections=sections)

@@ -49,11 +49,11 @@ def verdict_blocks(verdicts: Sequence[Verdict], note: str) -> Iterator[Block]:
     told = [verdict for verdict in worst_first(verdicts) if verdict.word != "ok"]
     if told:
         yield Findings(
-            tuple(Finding(_TONES.get(v.word, "plain"), v.word, f"{v.test}: {pretty_reason(v.reason)}.") for v in told)
+            tuple(Finding(_TONES.get(v.word, "plain"), v.word, f"{v.test}: {_pretty_reason(v.reason)}.") for v in told)
         )
 
 
-def pretty_reason(reason: str) -> str:
+def _pretty_reason(reason: str) -> str:
     """A reason with an interval's ends apart, as elsewhere in a report."""
     return reason.replace("..", " to ")
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ PROJECT = Path(__file__).parents[2]
 
 # What a test of the repository stores, without a model: {ppl} is its method's loss.
 SOURCE = """
-import os, uuid
+import os, time, uuid
 from pathlib import Path
 from knormpress.commits import head
 from knormpress.history import store
@@ -28,6 +33,7 @@ def test_x(pytestconfig):
         file.write(package.NAME + "\\n")
     entry = make_entry(run=uuid.uuid4().hex, test="test_it.py::test_x", commit=head(), ppl=package.PPL, noise=0.001)
     store(storage, entry)
+    time.sleep(float(os.environ.get("WAIT", 0)))
     assert package.SOUND
 """
 
@@ -105,3 +111,37 @@ def test_the_newest_stored_run_is_judged(repository: Path, capfd: pytest.Capture
     assert main(["compare"]) == 1
     assert "tpot +" in capfd.readouterr().out
     assert main(["compare", "--thresholds", "tpot=90,throughput=90,tpot_s=90"]) == 0
+
+
+def test_json_is_a_verdict_a_line_and_all_else_goes_to_stderr(
+    repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (repository / "package.py").write_text("NAME, PPL, SOUND = 'broken', 6.0, False\n")
+    git("commit", "-q", "-a", "--amend", "-m", "broken")
+    assert main(["compare", "HEAD~1", *TESTS, "--json"]) == 1
+    captured = capfd.readouterr()
+    (verdict,) = map(json.loads, captured.out.splitlines())
+    assert (verdict["test"], verdict["word"]) == ("test_it.py::test_x", "regressed")
+    ppl = {finding["metric"]: finding for finding in verdict["findings"]}["ppl"]
+    assert ppl["change"]["percent"] == pytest.approx(100 * (1.06 / 1.02 - 1), abs=0.1)
+    assert "run 1 of 4: base\n" in captured.err
+    assert "run 2 of 4: head, about " in captured.err
+    assert "run 2 of 4: tests of head failed" in captured.err
+    assert "1 passed" in captured.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a signal can't be sent to a group of processes")
+def test_ctrl_c_removes_the_checkouts_and_says_what_is_left(repository: Path) -> None:
+    command = [sys.executable, "-m", "knormpress", "compare", "HEAD~1", *TESTS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen(command, env=os.environ | {"WAIT": "60"}, start_new_session=True, **pipes)
+    signal.signal(signal.SIGINT, before)
+    limit = time.monotonic() + 120
+    while not (repository / "order.txt").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, "")
+    assert err.splitlines()[-1].startswith("stopped: runs that ended are kept in .benchmarks; ")
+    assert git("worktree", "list").count("\n") == 0

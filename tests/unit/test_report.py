@@ -350,7 +350,9 @@ def test_errors_are_one_line_and_write_nothing(
     Path("broken.jsonl").write_text("{")
     before = sorted(tmp_path.rglob("*"))
     assert main(["report", *arguments, "--markdown", "summary.md"]) == 2
-    assert capfd.readouterr().err.startswith(f"error: {message}")
+    *progress, line = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert all(told.endswith("drawing the charts") for told in progress)
     assert sorted(tmp_path.rglob("*")) == before
 
 
