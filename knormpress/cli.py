@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from knormpress.commands import Stopped, judge_runs, measure_cells, search_plan
+from knormpress.commands import Stopped, judge_runs, measure_cells, search_plan, write_page
 from knormpress.errors import KnormError
 from knormpress.options import (
     CorpusText,
@@ -32,7 +32,6 @@ from knormpress.options import (
     words,
 )
 from knormpress.press import KnormPress
-from knormpress.progress import TerminalProgress
 
 __all__ = ["app", "main"]
 
@@ -348,19 +347,9 @@ def report(
       knormpress report
       knormpress report results/results.jsonl results-random/results.jsonl --output report.html --markdown summary.md
     """
-    from knormpress.history import History
-    from knormpress.plan import read_plan
-    from knormpress.records import read_records
-    from knormpress.report import write_report
-
-    usual = (_RESULTS / _SWEEP_FILE, _RESULTS / _BASELINE_FILE, _RESULTS / _PLAN_FILE)
-    paths = files or [path for path in usual if path.is_file()]
-    plans = [read_plan(path) for path in paths if path.suffix == ".json"]
-    records = [record for path in paths if path.suffix != ".json" for record in read_records(path)]
-    history = History.read(storage)
-    with TerminalProgress() as progress:
-        write_report(records, history, output, markdown, plans=plans, progress=progress)
-    for line in (*history.notes, output, *(() if markdown is None else (markdown,))):
+    usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _PLAN_FILE))
+    notes = write_page(files or [path for path in usual if path.is_file()], storage, output, markdown)
+    for line in (*notes, output, *(() if markdown is None else (markdown,))):
         typer.echo(line)
 
 

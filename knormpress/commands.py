@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from knormpress.tune import Targets
     from knormpress.verdicts import Verdict
 
-__all__ = ["Stopped", "judge_runs", "measure_cells", "search_plan"]
+__all__ = ["Stopped", "judge_runs", "measure_cells", "search_plan", "write_page"]
 
 
 class Stopped(Exception):
@@ -40,7 +40,10 @@ def _again(fresh: bool) -> str:
 
 
 def measure_cells(settings: SweepSettings, path: Path, *, fresh: bool) -> list[Record]:
-    """The records of a sweep, see ``sweep.run`` for what it takes.
+    """The records of a sweep, measured or found.
+
+    Args:
+        settings, path, fresh: see ``sweep.run``.
 
     Raises:
         Stopped: the user stopped it.
@@ -117,3 +120,24 @@ def judge_runs(
         faults = measure_in_turn(*commits, shlex.split(tests), storage, lambda text: typer.echo(text, err=True))
     history = History.read(storage).without(before)
     return judge_commits(history, *commits, thresholds), list(history.notes), faults
+
+
+def write_page(files: Sequence[Path], storage: Path, page: Path, markdown: Path | None) -> Sequence[str]:
+    """Write the report of what ``files`` and the stored runs hold; returns what is to be told of the stored ones.
+
+    Args:
+        files: records of sweeps, and plans (.json).
+        storage: pytest-benchmark's storage.
+        page, markdown: see ``report.write_report``.
+    """
+    from knormpress.history import History
+    from knormpress.plan import read_plan
+    from knormpress.records import read_records
+    from knormpress.report import write_report
+
+    plans = [read_plan(path) for path in files if path.suffix == ".json"]
+    records = [record for path in files if path.suffix != ".json" for record in read_records(path)]
+    history = History.read(storage)
+    with TerminalProgress() as progress:
+        write_report(records, history, page, markdown, plans=plans, progress=progress)
+    return history.notes
