@@ -247,8 +247,8 @@ def tune(
         typer.echo(output.read_text(encoding="utf-8"), nl=False)
         return
     print_plan(plan)
-    typer.echo(f"plan: {output}\npictures: knormpress plot {output}")
-    typer.echo(f"use it: KnormPress.from_plan({str(output)!r}, model)")
+    use = f"KnormPress.from_plan({str(output)!r}, model)"
+    typer.echo(f"plan: {output}\npictures: knormpress plot {output}\nuse it: {use}")
 
 
 @app.command()
@@ -349,8 +349,7 @@ def report(
     """
     usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _PLAN_FILE))
     notes = write_page(files or [path for path in usual if path.is_file()], storage, output, markdown)
-    for line in (*notes, output, *(() if markdown is None else (markdown,))):
-        typer.echo(line)
+    typer.echo("\n".join(map(str, filter(None, (*notes, output, markdown)))))
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-import json
 import logging
 import os
 import subprocess
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from knormpress.errors import KnormError
 from knormpress.hub import hub_reachable
+from knormpress.weights import fingerprint, weight_files
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -35,7 +35,6 @@ __all__ = [
     "LoadedModel",
     "cache_folder",
     "describe_sources",
-    "fingerprint",
     "load_model",
 ]
 
@@ -55,10 +54,6 @@ _UNWANTED_FILES = ["*/*", "consolidated*"]
 # What a tokenizer must give back unchanged.
 _PROBE = "Two words,  a café\n\n and 1,024."
 
-# A tensor of more than this many blocks is sampled in so many blocks by `fingerprint`.
-_SAMPLES = 16
-_BLOCK = 4096
-
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -69,7 +64,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: what it is called.
         source: the place its weights were read from, in words.
-        fingerprint: see ``fingerprint``.
+        fingerprint: see ``weights.fingerprint``.
         dtype: the type it computes in, such as ``"float32"``.
         parameters: the number of weights, shared ones counted once.
     """
@@ -190,66 +185,6 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("knormpress", appauthor=False))
 
 
-def fingerprint(folder: Path) -> str:
-    """16 hexadecimal digits that tell one model from another, whatever device and type it is to run with.
-
-    A SHA-256 over the configuration, without what merely says who wrote the file, and over the name, type, shape and
-    bytes of every tensor in the safetensors files. Of a tensor above 64 KiB sixteen blocks of 4 KiB count, spread
-    evenly from its first byte to its last: training moves every weight, so any other training shows, and large models
-    stay quick.
-
-    Raises:
-        KnormError: the folder has no configuration or no safetensors weights.
-    """
-    files = _weight_files(folder)
-    if not files:
-        raise KnormError(f"{folder} holds no whole model; wanted config.json and its weights as safetensors")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    volatile = {"dtype", "torch_dtype", "transformers_version"}
-    kept = {key: value for key, value in config.items() if key not in volatile and not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name, path, begin, entry in sorted(_tensors(files)):
-        first, last = entry["data_offsets"]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        with path.open("rb") as file:
-            for offset in _sampled(last - first):
-                file.seek(begin + first + offset)
-                digest.update(file.read(min(_BLOCK, last - first - offset)))
-    return digest.hexdigest()[:16]
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Path, int, dict[str, Any]]]:
-    """Each tensor's name, file, where the file's data begin, and its entry in the header of the safetensors format."""
-    for path in files:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            yield name, path, 8 + size, entry
-
-
-def _sampled(size: int) -> Iterator[int]:
-    """Offsets of the blocks of a tensor of ``size`` bytes that count."""
-    if size <= _SAMPLES * _BLOCK:
-        yield from range(0, size, _BLOCK)
-    else:
-        yield from (i * (size - _BLOCK) // (_SAMPLES - 1) for i in range(_SAMPLES))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a whole model, or nothing if there is none in the folder."""
-    if not (folder / "config.json").is_file():
-        return []
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    else:
-        names = {"model.safetensors"}
-    files = [folder / name for name in sorted(names)]
-    return files if all(path.is_file() for path in files) else []
-
-
 def _named(spec: str) -> _Found:
     local = _local(spec)
     if local is not None:
@@ -266,7 +201,7 @@ def _local(spec: str) -> _Found | None:
     """The model if it is on this machine already; an error if its name is not even one the hub could know."""
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        if not _weight_files(folder):
+        if not weight_files(folder):
             raise KnormError(f"{spec} holds no whole model; wanted config.json and its weights as safetensors")
         return _Found(folder, folder.resolve().name, f"folder {folder.resolve()}")
     try:
@@ -282,7 +217,7 @@ def _in_hub_cache(name: str) -> _Found | None:
     except LocalEntryNotFoundError:
         return None
     # A snapshot may hold some files only: whoever asked for a tokenizer got just that.
-    return _from_hub(name, folder) if _weight_files(folder) and any(folder.glob("*token*")) else None
+    return _from_hub(name, folder) if weight_files(folder) and any(folder.glob("*token*")) else None
 
 
 def _from_hub(name: str, snapshot: Path) -> _Found:
@@ -304,7 +239,7 @@ def _download(name: str) -> _Found:
     finally:
         if not bars_were_off:
             huggingface_hub.utils.enable_progress_bars()
-    if not _weight_files(Path(snapshot)):
+    if not weight_files(Path(snapshot)):
         raise KnormError(f"model {name} has no safetensors weights on the hub; wanted a model that has")
     return _from_hub(name, Path(snapshot))
 

@@ -26,9 +26,9 @@ from knormpress.models import (
     LoadedModel,
     cache_folder,
     describe_sources,
-    fingerprint,
     load_model,
 )
+from knormpress.weights import fingerprint
 from tests.tiny_folder import save_model
 
 CPU = torch.device("cpu")
