@@ -59,7 +59,6 @@ _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
 _PLAN_FILE = "plan.json"
-_FAILED = 1
 # What a shell reports for a command that SIGINT ended.
 _STOPPED = 130
 
@@ -326,7 +325,7 @@ def compare(
     if markdown is not None:
         markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
-        raise typer.Exit(_FAILED)
+        raise typer.Exit(1)
 
 
 @app.command()
