@@ -220,6 +220,7 @@ def test_the_command_and_the_sweep_of_its_plan(folder, tmp_path, capsys):
     assert main([*command, *given, "--output", str(plan)]) == 0
     shown = capsys.readouterr().out
     assert "tuned (the plan)" in shown
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
     assert all(len(line) <= 80 for line in shown.splitlines() if str(plan) not in line)
     press = read_plan(plan).press
     sweep = ["sweep", "--keep_ratios", "0.5", "--samples", "1", "--rounds", "1", "--seconds", "0", "--new-tokens", "2"]
