@@ -25,6 +25,7 @@ from knormpress.options import (
     Rounds,
     Samples,
     Seconds,
+    number,
     numbers,
     words,
 )
@@ -226,8 +227,10 @@ def tune(
     from knormpress.tune import Targets
     from knormpress.tune import tune as search
 
-    (percent,) = numbers("target_ppl", target_ppl.strip().removesuffix("%"), float)[:1]
-    share = None if target_passkey.strip().lower() == "none" else numbers("target_passkey", target_passkey, float)[0]
+    percent = number("target_ppl", target_ppl.strip().removesuffix("%"))
+    share = None if target_passkey.strip().lower() == "none" else number("target_passkey", target_passkey)
+    if output.suffix != ".json":
+        raise KnormError(f"--output is {str(output)!r}; wanted a file whose name ends in .json, such as plan.json")
     targets = Targets(percent, share)
     try:
         with TerminalProgress() as progress:

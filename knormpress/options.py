@@ -24,6 +24,7 @@ __all__ = [
     "Rounds",
     "Samples",
     "Seconds",
+    "number",
     "numbers",
     "words",
 ]
@@ -53,6 +54,18 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything anew; t
 def words(text: str) -> tuple[str, ...]:
     """What stands between the commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def number(option: str, text: str) -> float:
+    """The one number that ``--option`` takes.
+
+    Raises:
+        KnormError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise KnormError(f"--{option} is {text!r}; wanted one number") from None
 
 
 def numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:
