@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from knormpress.metrics import (
     time_in_turn,
     until_enough,
 )
+from knormpress.metrics.passkey import PasskeyPrompt, passkey_prompts
 from knormpress.models import load_model
 from knormpress.records import (
     ROUNDING_KL,
@@ -120,6 +121,21 @@ class Bench:
         self.check_length(length)
         cut = documents(self.ids, length=length - len(self.start), count=count)
         return [torch.cat([self.start, ids])[None].to(self.model.device) for ids in cut]
+
+    def passkeys(self, *, count: int, which: Literal["calibration", "held-out"]) -> list[PasskeyPrompt]:
+        """``count`` prompts of ``metrics.passkey``, on the model's device.
+
+        Raises:
+            KnormError: the model is not made for so many positions.
+        """
+        prompts = passkey_prompts(self.tokenizer, self.start, count=count, which=which, device=self.model.device)
+        longest = max(prompt.text.shape[-1] + prompt.fed.shape[-1] for prompt in prompts)
+        if self.positions is not None and longest > self.positions:
+            raise KnormError(
+                f"{self.model_info.name} is made for {self.positions} positions, but the passkey prompts take "
+                f"{longest}; go without them (for knormpress tune: --target-passkey none), or use another model"
+            )
+        return prompts
 
 
 def quality(

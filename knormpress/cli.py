@@ -28,6 +28,7 @@ from knormpress.options import (
     Rounds,
     Samples,
     Seconds,
+    number,
     numbers,
     words,
 )
@@ -229,8 +230,8 @@ def tune(
     from knormpress.plan_table import print_plan
     from knormpress.tune import Targets
 
-    (percent,) = numbers("target_ppl", target_ppl.strip().removesuffix("%"), float)[:1]
-    share = None if target_passkey.strip().lower() == "none" else numbers("target_passkey", target_passkey, float)[0]
+    percent = number("target_ppl", target_ppl.strip().removesuffix("%"))
+    share = None if target_passkey.strip().lower() == "none" else number("target_passkey", target_passkey)
     plan = search_plan(
         Targets(percent, share),
         output,

@@ -70,8 +70,11 @@ def search_plan(
     """The plan that ``tune.tune`` finds, and leaves at ``path``; where model and text come from is as for a sweep.
 
     Raises:
+        KnormError: the name of ``path`` doesn't end in .json, by which ``plot`` and ``report`` know a plan.
         Stopped: the user stopped it.
     """
+    if path.suffix != ".json":
+        raise KnormError(f"--output is {str(path)!r}; wanted a file whose name ends in .json, such as plan.json")
     from knormpress.bench import Bench
     from knormpress.corpora import load_corpus
     from knormpress.devices import resolve

@@ -32,18 +32,27 @@ def is_dirty() -> bool | None:
     return None if changed is None else bool(changed)
 
 
-def is_shallow() -> bool:
+def is_shallow(folder: Path | None = None) -> bool:
     """Whether the clone lacks commits."""
-    return git("rev-parse", "--is-shallow-repository") == "true"
+    return git("rev-parse", "--is-shallow-repository", folder=folder) == "true"
 
 
-def ancestors(commit: str) -> list[str]:
-    """``commit`` and all that it came from, the nearest first.
+def ancestors(commit: str, folder: Path | None = None) -> list[str]:
+    """``commit`` and all that it came from, the nearest first, in the repository around ``folder`` or the current one.
+
+    Over merges, near is what the longest way to it makes near: so no commit stands before one that came from it, and
+    the two sides of a merge take turns, the first parent's ahead.
 
     Raises:
         KnormError: the repository does not have that commit.
     """
-    found = git("rev-list", "--topo-order", commit)
+    found = git("rev-list", "--topo-order", "--parents", commit, folder=folder)
     if found is None:
         raise KnormError(f"git does not know the commit {commit}; fetch it, or run this in its repository")
-    return found.split()
+    steps: dict[str, int] = {}
+    for line in found.splitlines():
+        child, *parents = line.split()
+        behind = steps.setdefault(child, 0) + 1
+        for parent in parents:
+            steps[parent] = max(steps.get(parent, 0), behind)
+    return sorted(steps, key=steps.__getitem__)

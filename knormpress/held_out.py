@@ -15,7 +15,7 @@ from knormpress.cache import KnormCache, KnormLayer
 from knormpress.changes import ppl_change
 from knormpress.methods import FullCache, make_method
 from knormpress.metrics import Method, prefill
-from knormpress.metrics.passkey import passkey_prompts, score_passkey
+from knormpress.metrics.passkey import score_passkey
 from knormpress.plan import KeptTokens, Point
 from knormpress.press import KnormPress
 from knormpress.progress import Progress, ticking
@@ -99,7 +99,7 @@ def ask_passkeys(
     """Ask each method's cache for ``count`` held-out keys: how many it found, of those that the full cache finds."""
     if not methods:
         return []
-    prompts = passkey_prompts(bench.tokenizer, bench.start, count=count, which="held-out", device=bench.model.device)
+    prompts = bench.passkeys(count=count, which="held-out")
     tick = ticking(progress or Progress(), count, "unseen passkeys")
     found, known = [0] * len(methods), 0
     for prompt in prompts:

@@ -42,11 +42,13 @@ class History:
         entries: one for each test of each run.
         outdated: node ids of tests with entries of another schema version, and that version.
         notes: what was passed over.
+        repository: a folder in the repository of the commits; the current one unless given.
     """
 
     entries: tuple[Entry, ...]
     outdated: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    repository: Path | None = None
 
     @classmethod
     def read(cls, storage: Path) -> History:
@@ -59,7 +61,9 @@ class History:
         outdated: dict[str, object] = {}
         notes: list[str] = []
 
-        def add(data: Mapping[str, Any], where: str) -> None:
+        def add(data: Any, where: str) -> None:
+            if not isinstance(data, dict):
+                raise KnormError(f"{where} is no entry but {_short(data)}; mend it, or move that file away")
             if data.get("schema_version") != SCHEMA_VERSION:
                 outdated[str(data.get("test"))] = data.get("schema_version")
                 return
@@ -78,7 +82,7 @@ class History:
                 if isinstance(entry, dict):
                     add(entry, str(path))
         for path in sorted(storage.glob(f"{_FOLDER}/*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            for number, line in enumerate(_read(path).split(b"\n"), start=1):
                 if line.strip():
                     add(_parse(line, f"{path} line {number}"), f"{path} line {number}")
         entries = sorted(found.values(), key=lambda entry: entry.created)
@@ -116,7 +120,7 @@ class History:
         alike = [entry for entry in sound if not _difference(entry, last)]
         if not alike:
             return _none(last, "incomparable", _difference(sound[-1], last))
-        reachable, note = _reachable(alike, last, base)
+        reachable, note = _reachable(alike, last, base, self.repository)
         if not reachable:
             return _none(last, "no-baseline", note)
         machine = machine_class(last.environment)
@@ -212,7 +216,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 
-def _reachable(entries: Sequence[Entry], now: Entry, base: str | None) -> tuple[list[Entry], str]:
+def _reachable(
+    entries: Sequence[Entry], now: Entry, base: str | None, repository: Path | None
+) -> tuple[list[Entry], str]:
     """The entries that may be the baseline, the nearest first, and what to say of them."""
     commit = now.environment.git_commit
     newest_first = sorted(entries, key=lambda entry: entry.created, reverse=True)
@@ -221,7 +227,7 @@ def _reachable(entries: Sequence[Entry], now: Entry, base: str | None) -> tuple[
         return found, "" if found else f"nothing sound is stored of {base[:12]}"
     if commit is None:
         return newest_first, " (no git to tell the ancestor)"
-    line = ancestors(commit)
+    line = ancestors(commit, repository)
     if not now.environment.git_dirty:
         # A clean commit is compared with what came before it, and only for want of that with itself.
         line = [*line[1:], commit]
@@ -229,7 +235,7 @@ def _reachable(entries: Sequence[Entry], now: Entry, base: str | None) -> tuple[
     found = [entry for entry in newest_first if entry.environment.git_commit in rank]
     if found:
         return sorted(found, key=lambda entry: rank[str(entry.environment.git_commit)]), ""
-    if is_shallow():
+    if is_shallow(repository):
         raise KnormError(
             f"this clone is shallow, and the stored runs of {now.test} are of commits that it lacks; "
             "fetch the history (git fetch --unshallow, or fetch-depth: 0)"
@@ -238,8 +244,12 @@ def _reachable(entries: Sequence[Entry], now: Entry, base: str | None) -> tuple[
 
 
 def _load(path: Path) -> Any:
+    return _parse(_read(path), str(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        return _parse(path.read_bytes(), str(path))
+        return path.read_bytes()
     except OSError as error:
         raise KnormError(f"{path} can't be read ({error.strerror}); mend it, or move it away") from error
 
@@ -247,7 +257,7 @@ def _load(path: Path) -> Any:
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KnormError(
             f"{where} is no whole JSON ({error}); a baseline may be lost with it: mend it, or move that file away"
         ) from error

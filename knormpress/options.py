@@ -25,6 +25,7 @@ __all__ = [
     "Rounds",
     "Samples",
     "Seconds",
+    "number",
     "numbers",
     "words",
 ]
@@ -55,6 +56,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print what was found as JSON
 def words(text: str) -> tuple[str, ...]:
     """What stands between the commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def number(option: str, text: str) -> float:
+    """The one number that ``--option`` takes.
+
+    Raises:
+        KnormError: it is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise KnormError(f"--{option} is {text!r}; wanted one number") from None
 
 
 def numbers(option: str, text: str, kind: Callable[[str], _Number]) -> tuple[_Number, ...]:

@@ -6,7 +6,6 @@ JSON, written by ``knormpress tune`` and read by ``KnormPress.from_plan`` and ``
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -136,21 +135,23 @@ def read_plan(path: str | Path) -> Plan:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise KnormError(f"no plan can be read from {path} ({error.strerror}); make one: knormpress tune") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KnormError(f"{path} is no plan: it is not whole JSON ({error}); make one: knormpress tune") from error
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
         raise KnormError(f"{path} has format {found!r}; wanted {FORMAT!r}, as knormpress tune writes it")
     try:
-        return Plan(
+        plan = Plan(
             press=KnormPress(**_tuples(values.pop("press"))),
             frontier=tuple(map(_point, values.pop("frontier"))),
             sensitivities=_made(Sensitivities, values.pop("sensitivities")),
             kept=_made(KeptTokens, values.pop("kept")),
-            **_with_model(values),
+            **values,
         )
+        _check(plan)
     except (KeyError, TypeError, AttributeError) as error:
         raise KnormError(f"{path} is no whole plan ({error}); make it again: knormpress tune") from error
+    return plan
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -158,10 +159,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _point(values: dict[str, Any]) -> Point:
-    point = Point(**_tuples(values | {"press": KnormPress(**_tuples(values["press"]))}))
-    if not all(math.isfinite(number) for number in (*point.ppl, point.kl, point.mean_keep)):
-        raise TypeError("a figure of its frontier is not finite")
-    return point
+    return Point(**_tuples(values | {"press": KnormPress(**_tuples(values["press"]))}))
 
 
 def _deep_tuple(value: Any) -> Any:
@@ -172,8 +170,42 @@ def _made(kind: Any, values: dict[str, Any] | None) -> Any:
     return None if values is None else kind(**_tuples(values))
 
 
-def _with_model(values: dict[str, Any]) -> dict[str, Any]:
+def _check(plan: Plan) -> None:
+    """See that everything is of the type that tables and pictures need; raises TypeError or KeyError."""
     for name in ("name", "dtype", "fingerprint"):
-        if not isinstance(values["model"][name], str):
-            raise TypeError(f"model.{name} is no text")
-    return values
+        _wanted(isinstance(plan.model[name], str), f"model.{name} is no text")
+    _wanted(_is_figure(plan.targets["ppl"]), "targets.ppl is no number")
+    _wanted(plan.targets["passkey"] is None or _is_figure(plan.targets["passkey"]), "targets.passkey is no number")
+    for part in ("calibration", "held_out", "made"):
+        _wanted(isinstance(getattr(plan, part), dict), f"{part} is no object")
+    for name in ("documents", "scored", "context") if plan.frontier else ():
+        _wanted(_is_figure(plan.held_out[name]), f"held_out.{name} is no number")
+    for point in plan.frontier:
+        _wanted(isinstance(point.name, str), "a name of its frontier is no text")
+        _wanted(_are_figures(point.ppl, 3), "a figure of its frontier is not finite")
+        _wanted(_are_figures((point.kl, point.mean_keep), 2), "a figure of its frontier is not finite")
+        _wanted(point.passkeys is None or _are_figures(point.passkeys, 2), "the passkeys of its frontier are no pair")
+    if plan.sensitivities is not None:
+        rows = (*plan.sensitivities.text, *plan.sensitivities.passkey)
+        ratios = len(plan.sensitivities.ratios)
+        _wanted(
+            all(_are_figures(row, ratios) for row in (plan.sensitivities.ratios, *rows)), "its sensitivities differ"
+        )
+    if plan.kept is not None:
+        tokens = len(plan.kept.tokens)
+        _wanted(all(isinstance(token, str) for token in plan.kept.tokens), "its kept tokens are no text")
+        _wanted(all(_are_figures(row, tokens) for row in plan.kept.layers), "its kept tokens differ from their shares")
+
+
+def _wanted(right: bool, fault: str) -> None:
+    if not right:
+        raise TypeError(fault)
+
+
+def _is_figure(value: Any) -> bool:
+    # Not isfinite(): it can't take a whole number that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _are_figures(values: Any, count: int) -> bool:
+    return isinstance(values, tuple) and len(values) == count and all(map(_is_figure, values))

@@ -24,7 +24,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         show_edge=False,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        padding=(0, 1, 0, 0),
         title=f"{plan.model['name']}: {held['documents']} unseen documents, {held['scored']} tokens after"
         f" {held['context']:,}",
         title_style="bold",

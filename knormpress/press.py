@@ -139,7 +139,7 @@ def _exact(ratio: float) -> Fraction:
 def _ratio(name: str, value: Any) -> float:
     try:
         ratio = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         ratio = math.nan
     if isinstance(value, bool) or not 0.0 < ratio <= 1.0:
         raise KnormError(f"{name} is {value!r}; wanted a number above 0 and at most 1, such as 0.9")

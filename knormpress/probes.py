@@ -6,6 +6,7 @@ file, so that a search that was stopped goes on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from knormpress.cache import KnormCache
+from knormpress.errors import KnormError
 from knormpress.metrics import prefill
 from knormpress.metrics.passkey import PasskeyPrompt, PasskeyScore, read_key
 from knormpress.metrics.replay import Outputs, Replay, replayed
@@ -55,24 +57,32 @@ class Damage:
 
 
 class Memory:
-    """Damages measured before, in a JSON Lines file whose first line says of what."""
+    """Damages measured before, in a JSON Lines file whose first line says of what, as does a hash in every other.
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    The hash tells whose a line is when two searches write to one file at once.
+
+    Raises:
+        KnormError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], *, fresh: bool = False) -> None:
         self.path, self._known = path, {}
         first = json.dumps(identity, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        self._owner = hashlib.sha256(first.encode()).hexdigest()[:16]
+        with self._told():
+            known = path.exists() and not fresh
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if known else []
         self.goes_on = bool(lines) and lines[0] == first
-        if not self.goes_on:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(first + "\n", encoding="utf-8")
-            return
-        for line in lines[1:]:
+        for line in lines[1:] if self.goes_on else []:
             try:
-                press, damage = json.loads(line)
-                self._known[press] = Damage(**damage)
+                owner, press, damage = json.loads(line)
+                if owner == self._owner:
+                    self._known[press] = Damage(**damage)
             except (ValueError, TypeError):  # cut short when it was stopped
                 continue
-        path.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
+        with self._told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
 
     def get(self, press: KnormPress) -> Damage | None:
         """What was noted of ``press``."""
@@ -82,11 +92,20 @@ class Memory:
         """Keep what was found."""
         name = self._name(press)
         self._known[name] = damage
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._told(), self.path.open("a", encoding="utf-8") as file:
             file.write(self._line(name) + "\n")
 
     def _line(self, name: str) -> str:
-        return json.dumps([name, asdict(self._known[name])])
+        return json.dumps([self._owner, name, asdict(self._known[name])])
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise KnormError(
+                f"what the search measures can't be kept in {self.path} ({error.strerror}); choose another --output"
+            ) from error
 
     @staticmethod
     def _name(press: KnormPress) -> str:

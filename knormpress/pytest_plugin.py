@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,6 +271,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     run = session.config.stash.get(_RUN, None)
     if run is not None:
         run.collected |= {item.nodeid for item in session.items}
+        for item in session.items:
+            told(functools.partial(run.thresholds_of, item))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -308,12 +310,25 @@ class _Run:
         from knormpress.verdicts import read_thresholds
 
         kind, separator, place = str(config.getoption("benchmark_storage", "file://./.benchmarks")).partition("://")
-        storage = Path(place if separator else kind)
+        # A test may change the current folder.
+        storage = Path(place if separator else kind).absolute()
         if separator and kind != "file":
             raise KnormError(f"--benchmark-storage is a {kind}; entries are stored in a folder: give file://FOLDER")
         compares = flag(config, "compare")
-        history = History.read(storage) if compares else History(())
+        if storage.exists() and not storage.is_dir():
+            raise KnormError(
+                f"entries can't be stored in {storage}, which is no folder; give another --benchmark-storage"
+            )
+        history = replace(History.read(storage) if compares else History(()), repository=Path.cwd())
         return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+
+    def thresholds_of(self, item: pytest.Item) -> dict[str, float]:
+        """What the marks of ``item`` allow, the closest one last, and the options for the rest."""
+        from knormpress.verdicts import read_thresholds
+
+        marks = reversed([*item.iter_markers("knorm_thresholds")])
+        given = [[*map(str, mark.args), *(f"{name}={value}" for name, value in mark.kwargs.items())] for mark in marks]
+        return read_thresholds(",".join(part for parts in given for part in parts), self.thresholds)
 
     def finish(self, item: pytest.Item, entry: Entry) -> tuple[Entry, str]:
         """Judge ``entry`` and store it with the words found; returns it, and what the test is to fail with."""
@@ -321,9 +336,8 @@ class _Run:
 
         fault = ""
         if self.compares:
-            own = {k: float(v) for mark in item.iter_markers("knorm_thresholds") for k, v in mark.kwargs.items()}
             try:
-                verdict = self.history.verdict([entry], {**self.thresholds, **own})
+                verdict = self.history.verdict([entry], self.thresholds_of(item))
             except KnormError as error:
                 fault = str(error)
             else:
@@ -341,8 +355,12 @@ class _Run:
         folders = [argument.partition("::")[0].removeprefix("./").rstrip("/") for argument in config.args]
         paths = [_from_root(config, folder) for folder in folders if "::" not in folder]
 
+        ignored = [_from_root(config, str(path)) for path in config.getoption("ignore") or ()]
+
         def expected(test: str) -> bool:
             path = Path(test.partition("::")[0])
+            if any(place in (path, *path.parents) for place in ignored):
+                return False
             return test not in self.deselected and any(place in (path, *path.parents) for place in paths)
 
         return self.history.vanished(self.name, sorted(self.collected), expected)

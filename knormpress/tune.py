@@ -23,7 +23,6 @@ from knormpress import __version__
 from knormpress.bench import Bench
 from knormpress.errors import KnormError
 from knormpress.held_out import Tried, kept_tokens, mean_keep, measure_unseen
-from knormpress.metrics.passkey import passkey_prompts
 from knormpress.plan import Plan, Sensitivities, write_plan
 from knormpress.press import KnormPress
 from knormpress.probes import Damage, Memory, Probes
@@ -81,7 +80,7 @@ class Targets:
 
     def met(self, damage: Damage, *, text: bool, keys: bool) -> bool:
         """Whether ``damage`` is within the targets that are asked about."""
-        if text and damage.text > self.text_nats:
+        if text and not damage.text <= self.text_nats:  # NaN is not within
             return False
         return not keys or self.passkey is None or (damage.found >= self.passkey and damage.key_nll <= self.key_nats)
 
@@ -114,20 +113,25 @@ def tune(
         progress: told of every step.
 
     Raises:
-        KnormError: the text is too short, the context is too short to be pruned, the model has layers without full
-            attention, or even pruning hardly at all costs more than allowed; what was at ``path`` is left there.
+        KnormError: ``minutes`` is not above 0, nothing can be written at ``path``, the text is too short, the context
+            is too short to be pruned, the model has layers without full attention or too few positions for passkeys,
+            or even pruning hardly at all costs more than allowed; what was at ``path`` is left there.
     """
     progress = progress or Progress()
     base = KnormPress(layer_keep_ratios=(1.0,) * bench.layers, keep_recent=_RECENT)
+    if not minutes > 0:
+        raise KnormError(f"minutes is {minutes}; wanted a time above 0, such as 5")
+    if not path.name or path.is_dir():
+        raise KnormError(f"the plan can't be written to {path}, a folder; name a file in it, such as plan.json")
     if context < base.prune_after:
         raise KnormError(f"a context of {context} tokens is too short to be pruned; wanted at least {base.prune_after}")
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=bench.model.config).layers):
         raise KnormError(f"{bench.model_info.name} has layers without full attention, for which no plan can be tuned")
     seen, unseen = _split(bench, context)
-    prompts = passkey_prompts(
-        bench.tokenizer, bench.start, count=CALIBRATION_PASSKEYS, which="calibration", device=bench.model.device
-    )
-    prompts = prompts if targets.passkey is not None else []
+    prompts = []
+    if targets.passkey is not None:
+        bench.passkeys(count=HELD_OUT_PASSKEYS, which="held-out")  # what is too long for the model is told now
+        prompts = bench.passkeys(count=CALIBRATION_PASSKEYS, which="calibration")
     model = fingerprint(bench.model)
     identity = {
         "model": model,
@@ -138,9 +142,7 @@ def tune(
         "knormpress": __version__,
     }
     notes = path.with_name(f"{path.name}.search.jsonl")
-    if fresh:
-        notes.unlink(missing_ok=True)
-    memory = Memory(notes, identity)
+    memory = Memory(notes, identity, fresh=fresh)
     if memory.goes_on:
         progress.say(f"going on with what was measured before, in {notes}; --fresh forgets it")
     plan = Plan(

@@ -6,6 +6,7 @@ absolute times only between equal machines that ran at an equal speed.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,13 +101,13 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
     return Verdict(now[-1].test, word, "; ".join([*reasons, reason]), tuple(findings))
 
 
-def read_thresholds(text: str) -> dict[str, float]:
-    """``THRESHOLDS`` with those replaced that ``text`` gives, such as ``"tpot=8, kl=2"``.
+def read_thresholds(text: str, others: Mapping[str, float] = THRESHOLDS) -> dict[str, float]:
+    """``others`` with those replaced that ``text`` gives, such as ``"tpot=8, kl=2"``.
 
     Raises:
         KnormError: a name or a number that is none.
     """
-    thresholds = dict(THRESHOLDS)
+    thresholds = dict(others)
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, number = (word.strip() for word in part.partition("="))
         try:
@@ -148,7 +149,7 @@ def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[
     for name, (figure, worse) in figures.items():
         ratios = [_ratios(side, figure) for side in (old, new)]
         shown = _pair(f"x{statistics.median(side):.3f}" for side in ratios)
-        findings.append(_finding(name, shown, ratio_of_ratios(*ratios), worse, thresholds[name]))
+        findings.append(_timing(name, shown, ratios, worse, thresholds[name]))
     reason = _why_not_absolute(before, now)
     for name in [name for name in ("ttft", "tpot") if name in figures]:
         figure = figures[name][0]
@@ -157,8 +158,14 @@ def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[
         if reason:
             findings.append(Finding(f"{name}_s", "incomparable", shown, None, reason))
         else:
-            findings.append(_finding(f"{name}_s", shown, ratio_of_ratios(*times), 1.0, thresholds[f"{name}_s"]))
+            findings.append(_timing(f"{name}_s", shown, times, 1.0, thresholds[f"{name}_s"]))
     return findings
+
+
+def _timing(metric: str, shown: tuple[str, str], sides: list[list[float]], worse: float, threshold: float) -> Finding:
+    if not all(0 < figure < math.inf for side in sides for figure in side):
+        return Finding(metric, "incomparable", shown, None, "is not compared, as not every time is a number above 0")
+    return _finding(metric, shown, ratio_of_ratios(*sides), worse, threshold)
 
 
 def _why_not_absolute(before: Sequence[Entry], now: Sequence[Entry]) -> str:
@@ -177,9 +184,11 @@ def _bytes(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[st
     old, new = before[-1].memory, now[-1].memory
     if old is None or new is None:
         return []
+    shown = _pair(f"{memory.candidate_cache_bytes / 1e6:,.2f} MB" for memory in (old, new))
+    if not (old.baseline_cache_bytes and old.candidate_cache_bytes and new.baseline_cache_bytes):
+        return [Finding("bytes", "incomparable", shown, None, "is not compared, as a cache of 0 bytes was measured")]
     ratios = [memory.candidate_cache_bytes / memory.baseline_cache_bytes for memory in (old, new)]
     change = percent(ratios[1] / ratios[0])
-    shown = _pair(f"{memory.candidate_cache_bytes / 1e6:,.2f} MB" for memory in (old, new))
     return [_finding("bytes", shown, Change(change, change, change), 1.0, thresholds["bytes"])]
 
 
@@ -189,6 +198,13 @@ def _quality(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list
     old, new = before.quality.documents, now.quality.documents
     if [len(document.baseline_nll) for document in old] != [len(document.baseline_nll) for document in new]:
         return [Finding(name, "incomparable", ("", ""), None, "other documents were scored") for name in ("ppl", "kl")]
+    sides: tuple[tuple[Sequence[DocumentScore], Word, str], ...] = (
+        (new, "regressed", "is no number: NaN or infinity was measured"),
+        (old, "incomparable", "is not compared, as the baseline's is no number"),
+    )
+    for side, word, reason in sides:
+        if not all(map(math.isfinite, (n for d in side for n in (d.kl, *d.baseline_nll, *d.candidate_nll)))):
+            return [Finding(name, word, ("", ""), None, reason) for name in ("ppl", "kl")]
     # The same tokens were scored, so the losses themselves are paired: what the method cost then, and what now.
     paired = [
         DocumentScore(
@@ -224,14 +240,14 @@ def _finding(metric: str, shown: tuple[str, str], change: Change, worse: float, 
     loss = worse * change.percent
     measured = f"{change} ({change.interval})" if low != high else str(change)
     word: Word
-    if loss > threshold and low > 0:
+    if change.low is None and loss != 0:
+        word, reason = "noise", f"{measured}: too few runs for an interval"
+    elif loss > threshold and low > 0:
         word, reason = "regressed", f"{measured}, allowed {threshold:g} %"
     elif loss < -threshold and high < 0:
         word, reason = "improved", measured
     elif high > threshold:
         word, reason = "noise", f"{measured}: a loss of more than {threshold:g} % can't be ruled out"
-    elif change.low is None and loss != 0:
-        word, reason = "noise", f"{measured}: too few runs for an interval"
     else:
         word, reason = "ok", ""
     return Finding(metric, word, shown, change, reason)

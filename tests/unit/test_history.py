@@ -215,3 +215,84 @@ def test_two_commits(line: list[str]) -> None:
     assert "2 runs" in verdicts[0].reason
     with pytest.raises(KnormError, match="no test of bbbbbbbbbbbb has stored an entry"):
         judge_commits(History(tuple(stored)), line[0], "b" * 40, THRESHOLDS)
+
+
+def test_over_a_merge_the_nearer_side_is_the_baseline(line: list[str]) -> None:
+    """A side branch of many commits does not stand before the parent of the merge."""
+    here = Path.cwd()
+    git("checkout", "-q", "-b", "side", line[0], folder=here)
+    side = []
+    for number in range(3):
+        git("commit", "-q", "--allow-empty", "-m", f"side {number}", folder=here)
+        side.append(git("rev-parse", "HEAD", folder=here))
+    git("checkout", "-q", "--detach", line[3], folder=here)
+    git("merge", "-q", "--no-ff", "-m", "merge", "side", folder=here)
+    now = make_entry(run="now", commit=git("rev-parse", "HEAD", folder=here))
+    for far, near in ((side[0], line[3]), (side[1], line[3]), (line[1], side[2]), (line[0], side[0])):
+        stored = [make_entry(run="far", commit=far), make_entry(run="near", commit=near)]
+        assert verdict(stored, now).reason.endswith(f"against {near[:12]}")
+
+
+def test_a_commit_never_stands_before_one_that_came_from_it(line: list[str]) -> None:
+    """One commit off the oldest, merged: the oldest is two steps away by that side, and still older than the others."""
+    here = Path.cwd()
+    git("checkout", "-q", "-b", "side", line[0], folder=here)
+    git("commit", "-q", "--allow-empty", "-m", "side", folder=here)
+    git("checkout", "-q", "--detach", line[3], folder=here)
+    git("merge", "-q", "--no-ff", "-m", "merge", "side", folder=here)
+    now = make_entry(run="now", commit=git("rev-parse", "HEAD", folder=here))
+    stored = [make_entry(run="old", commit=line[0]), make_entry(run="new", commit=line[1])]
+    assert verdict(stored, now).reason.endswith(f"against {line[1][:12]}")
+
+
+@pytest.mark.parametrize("text", ["5", '["x"]', "null"])
+def test_a_line_that_is_no_entry_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "knormpress").mkdir()
+    (tmp_path / "knormpress" / "x.jsonl").write_text(text)
+    with pytest.raises(KnormError, match=r"x.jsonl line 1 is no entry but"):
+        History.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.json", "knormpress/x.jsonl"])
+def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(KnormError, match="can't be read"):
+        History.read(tmp_path)
+
+
+def spoilt(entry: Entry, **changed: object) -> Entry:
+    assert entry.quality is not None
+    documents = tuple(document.model_copy(update=changed) for document in entry.quality.documents)
+    return entry.model_copy(update={"quality": entry.quality.model_copy(update={"documents": documents})})
+
+
+@pytest.mark.parametrize("changed", [{"kl": float("nan")}, {"candidate_nll": (float("nan"),) * 256}])
+def test_what_is_no_number_is_never_ok(line: list[str], changed: dict[str, object], tmp_path: Path) -> None:
+    now, sound = make_entry(run="now", commit=line[3]), make_entry(run="0", commit=line[0])
+    assert verdict([sound], spoilt(now, **changed)).word == "regressed"
+    store(tmp_path, spoilt(sound, **changed))
+    (read,) = History.read(tmp_path).entries
+    found = {finding.metric: finding.word for finding in verdict([read], now).findings}
+    assert (found["ppl"], found["kl"], found["bytes"]) == ("incomparable", "incomparable", "ok")
+
+
+def test_times_and_bytes_that_are_no_number_are_incomparable(line: list[str]) -> None:
+    now, sound = make_entry(run="now", commit=line[3]), make_entry(run="0", commit=line[0])
+    assert sound.latency is not None
+    assert sound.memory is not None
+    runs = tuple(run.model_copy(update={"ttft_s": float("nan")}) for run in sound.latency.candidate)
+    broken = {
+        "latency": sound.latency.model_copy(update={"candidate": runs}),
+        "memory": sound.memory.model_copy(update={"candidate_cache_bytes": 0}),
+    }
+    found = {f.metric: f.word for f in verdict([sound.model_copy(update=broken)], now).findings}
+    assert (found["ttft"], found["bytes"], found["tpot"]) == ("incomparable", "incomparable", "ok")
+
+
+def test_a_loss_in_too_few_runs_for_an_interval_is_noise(line: list[str]) -> None:
+    """One pair may be anything: it neither fails a test nor is it praised."""
+    for tpot in (150.0, -60.0):
+        stored, now = make_entry(commit=line[0], rounds=1), make_entry(run="now", commit=line[3], rounds=1, tpot=tpot)
+        found = {finding.metric: finding for finding in verdict([stored], now).findings}
+        assert found["tpot"].word == "noise"
+        assert "too few runs for an interval" in found["tpot"].reason

@@ -97,3 +97,45 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         write_plan(replace(PLAN, targets={"ppl": float("nan")}), path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("targets",), {"ppl": 5.0}),
+        (("targets", "ppl"), "5"),
+        (("targets", "passkey"), 10**400),
+        (("held_out",), []),
+        (("held_out", "documents"), None),
+        (("frontier", 0, "name"), 5),
+        (("frontier", 0, "ppl"), [1.0, 2.0]),
+        (("frontier", 0, "kl"), 10**400),
+        (("frontier", 0, "passkeys"), [1]),
+        (("sensitivities", "text", 0), [0.1]),
+        (("kept", "tokens", 0), 5),
+        (("kept", "layers", 0), [1.0]),
+    ],
+)
+def test_a_plan_of_wrong_types_is_refused(tmp_path, place, value):
+    path = tmp_path / "plan.json"
+    write_plan(PLAN, path)
+    values = json.loads(path.read_text())
+    inner = values
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(values))
+    with pytest.raises(KnormError, match="is no whole plan") as caught:
+        read_plan(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_nesting_beyond_all_bounds_are_refused(tmp_path):
+    path = tmp_path / "plan.json"
+    write_plan(PLAN, path)
+    path.write_text(path.read_text().replace("0.25", "1" + "0" * 400, 1))
+    with pytest.raises(KnormError, match="layer_keep_ratios"):
+        read_plan(path)
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(KnormError, match="is not whole JSON"):
+        read_plan(path)

@@ -322,3 +322,49 @@ def test_the_passkey_gate_asks_the_method(run: Run):
 
 def test_the_share_that_the_passkey_gate_wants_can_be_set(run: Run):
     run(PASSKEY_GATE.format((30, 40)), passkey_share="0.5").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("mark", ["tpot='x'", "tpott=5", "bytes=float('nan')", "'tpot'"])
+def test_a_threshold_of_a_mark_that_is_none_is_told_before_anything_runs(run: Run, mark):
+    marked = f"import pytest\n\n\n@pytest.mark.knorm_thresholds({mark})\n" + EXACT.lstrip()
+    result = run(marked, "--knorm-compare", ppl_tolerance="1e6")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    (line,) = [line for line in result.errlines if line]
+    assert re.match(r"ERROR: threshold .* is none; wanted NAME=PERCENT", line)
+
+
+def test_the_closest_mark_decides(run: Run):
+    run(EXACT, "--knorm-compare", ppl_tolerance="1e6")
+    marked = "import pytest\n\npytestmark = pytest.mark.knorm_thresholds(bytes={})\n\n"
+    marked += "@pytest.mark.knorm_thresholds(bytes={})\n" + EXACT.lstrip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "measure_memory", _wasteful)
+        refused = run(marked.format(20, 5), "--knorm-compare", ppl_tolerance="1e6")
+        allowed = run(marked.format(5, 20), "--knorm-compare", ppl_tolerance="1e6")
+    refused.assert_outcomes(passed=1, failed=1)
+    allowed.assert_outcomes(passed=2)
+
+
+def test_a_test_that_changes_the_folder_is_stored_and_compared_all_the_same(run: Run):
+    moved = EXACT.replace("knorm_press):", "knorm_press, monkeypatch, tmp_path):\n    monkeypatch.chdir(tmp_path)")
+    moved = moved.partition("def test_quality")[0]
+    git = ["git", "-c", "user.name=n", "-c", "user.email=n@example.org"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    run(moved, "--knorm-compare").assert_outcomes(passed=1)
+    second = run(moved, "--knorm-compare")
+    second.assert_outcomes(passed=1)
+    second.stdout.fnmatch_lines(["1 ok"])
+
+
+def test_a_storage_that_is_no_folder_is_refused(run: Run):
+    Path(".benchmarks").touch()
+    result = run(EXACT, "--knorm-save")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: entries can't be stored in */.benchmarks, which is no folder*"])
+
+
+def test_a_file_that_is_ignored_has_not_vanished(run: Run):
+    Path("test_other.py").write_text(EXACT.partition("def test_quality")[0])
+    run(EXACT, "--knorm-compare", ppl_tolerance="1e6").assert_outcomes(passed=3)
+    run(EXACT, "--knorm-compare", "--ignore=test_other.py", ppl_tolerance="1e6").stdout.fnmatch_lines(["2 ok"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from knormpress.metrics import prefill, score_document
 from knormpress.metrics.passkey import passkey_prompts
 from knormpress.plan import read_plan
 from knormpress.press import KnormPress
-from knormpress.probes import Probes
+from knormpress.probes import Damage, Memory, Probes
 from knormpress.progress import Progress
 from knormpress.records import read_records
 from knormpress.tune import Targets, tune
@@ -239,3 +240,76 @@ def test_a_tokenizer_that_merges_over_the_seam_still_gives_the_key(folder):
     (prompt,) = passkey_prompts(tokenizer, torch.tensor([], dtype=torch.long), count=1, which="held-out", device=CPU)
     together = tokenizer.decode(torch.cat([prompt.question[0], prompt.key]))
     assert together.split()[-1].isdigit()
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
+def test_a_search_without_time_is_refused_before_it_begins(bench, tmp_path, minutes):
+    with pytest.raises(KnormError, match=r"minutes is .*; wanted a time above 0"):
+        tune(bench, LOOSE, tmp_path / "plan.json", context=CONTEXT, minutes=minutes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(bench, tmp_path, counted):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "plan.json.search.jsonl").mkdir()
+    for name, message in (
+        ("folder", "a folder; name a file"),
+        ("file/plan.json", "choose another --output"),
+        ("plan.json", "choose another --output"),
+    ):
+        with pytest.raises(KnormError, match=message):
+            tune(bench, LOOSE, tmp_path / name, context=CONTEXT)
+    with pytest.raises(KnormError, match="a folder; name a file"):
+        tune(bench, LOOSE, Path("/"), context=CONTEXT)
+    assert not counted
+
+
+def test_passkeys_longer_than_the_model_are_told_before_the_search(bench, tmp_path, counted):
+    config = bench.model.config.__class__(**bench.model.config.to_dict() | {"max_position_embeddings": 1200})
+    short = replace(bench, model=bench.model.__class__(config))
+    with pytest.raises(
+        KnormError, match=r"made for 1200 positions, but the passkey prompts take .*--target-passkey none"
+    ):
+        tune(short, LOOSE, tmp_path / "plan.json", context=CONTEXT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_that_is_no_number_is_within_no_target():
+    damage = Damage(kl=0.0, nll=float("nan"), key_nll=0.0, found=1.0)
+    assert not Targets(ppl=1e6, passkey=None).met(damage, text=True, keys=True)
+
+
+def test_what_another_search_writes_into_the_file_is_not_believed(tmp_path):
+    path, press = tmp_path / "notes.jsonl", KnormPress(0.5)
+    first = Memory(path, {"context": 512})
+    second = Memory(path, {"context": 1024})
+    first.note(press, Damage(0.1, 0.1, 0.0, 1.0))
+    second.note(replace(press, keep_recent=1), Damage(0.2, 0.2, 0.0, 1.0))
+    again = Memory(path, {"context": 1024})
+    assert again.goes_on
+    assert again.get(press) is None
+    assert again.get(replace(press, keep_recent=1)) == Damage(0.2, 0.2, 0.0, 1.0)
+
+
+def test_notes_that_are_no_text_are_begun_anew(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    path.write_bytes(b"\xff\xfe\n")
+    assert not Memory(path, {"context": 512}).goes_on
+    assert Memory(path, {"context": 512}).goes_on
+    assert not Memory(path, {"context": 512}, fresh=True).goes_on
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--target-ppl", "5,6", "--target_ppl is '5,6'; wanted one number"),
+        ("--target-ppl", "", "--target_ppl is ''; wanted one number"),
+        ("--target-passkey", "0.5,2", "--target_passkey is '0.5,2'; wanted one number"),
+        ("--output", "plan", "--output is 'plan'; wanted a file whose name ends in .json"),
+    ],
+)
+def test_options_that_are_none_are_one_line(capsys, option, value, message):
+    assert main(["tune", option, value]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
