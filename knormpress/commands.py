@@ -40,7 +40,7 @@ def _again(fresh: bool) -> str:
 
 
 def measure_cells(settings: SweepSettings, path: Path, *, fresh: bool) -> list[Record]:
-    """The records of a sweep, see ``sweep.run`` for what it takes.
+    """The records of a sweep; ``settings``, ``path`` and ``fresh`` are as for ``sweep.run``.
 
     Raises:
         Stopped: the user stopped it.
