@@ -186,15 +186,14 @@ def _check(plan: Plan) -> None:
         _wanted(_are_figures((point.kl, point.mean_keep), 2), "a figure of its frontier is not finite")
         _wanted(point.passkeys is None or _are_figures(point.passkeys, 2), "the passkeys of its frontier are no pair")
     if plan.sensitivities is not None:
-        rows = (*plan.sensitivities.text, *plan.sensitivities.passkey)
-        ratios = len(plan.sensitivities.ratios)
-        _wanted(
-            all(_are_figures(row, ratios) for row in (plan.sensitivities.ratios, *rows)), "its sensitivities differ"
-        )
+        ratios, rows = plan.sensitivities.ratios, (*plan.sensitivities.text, *plan.sensitivities.passkey)
+        alike = all(_are_figures(row, len(ratios)) for row in (ratios, *rows))
+        _wanted(len(ratios) > 0 and alike, "its sensitivities differ in length")
     if plan.kept is not None:
-        tokens = len(plan.kept.tokens)
-        _wanted(all(isinstance(token, str) for token in plan.kept.tokens), "its kept tokens are no text")
-        _wanted(all(_are_figures(row, tokens) for row in plan.kept.layers), "its kept tokens differ from their shares")
+        tokens, shares = plan.kept.tokens, plan.kept.layers
+        _wanted(all(isinstance(token, str) for token in tokens), "its kept tokens are no text")
+        alike = all(_are_figures(row, len(tokens)) for row in shares)
+        _wanted(len(shares) > 0 and alike, "its kept tokens differ from their shares")
 
 
 def _wanted(right: bool, fault: str) -> None:

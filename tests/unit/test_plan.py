@@ -114,6 +114,8 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         (("sensitivities", "text", 0), [0.1]),
         (("kept", "tokens", 0), 5),
         (("kept", "layers", 0), [1.0]),
+        (("kept", "layers"), []),
+        (("sensitivities",), {"ratios": [], "text": [[]], "passkey": [[]]}),
     ],
 )
 def test_a_plan_of_wrong_types_is_refused(tmp_path, place, value):
