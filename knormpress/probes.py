@@ -61,6 +61,11 @@ class Memory:
 
     The hash tells whose a line is when two searches write to one file at once.
 
+    Args:
+        path: the file, made where it is missing.
+        identity: JSON-ready values; what was noted under others is forgotten.
+        fresh: forget what was noted.
+
     Raises:
         KnormError: the file can't be written.
     """
