@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config, set_seed
 
 from knormpress import bench as benches
 from knormpress.bench import Bench
@@ -313,3 +313,28 @@ def test_options_that_are_none_are_one_line(capsys, option, value, message):
     assert main(["tune", option, value]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_the_whole_path_on_another_architecture(bench, tmp_path):
+    set_seed(1)
+    config = Qwen3Config(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        # Keys that are normalised have equal norms until their weights differ.
+        torch.nn.init.uniform_(parameter, 0.2, 2.0) if "k_norm" in name else parameter.data.mul_(8)
+    path = tmp_path / "plan.json"
+    plan = tune(replace(bench, model=model), Targets(ppl=300.0), path, context=CONTEXT, minutes=5.0)
+    assert len(plan.press.layer_keep_ratios) == 4
+    assert plan.mean_keep < 0.9
+    assert KnormPress.from_plan(path, model) == plan.press
+    with pytest.raises(KnormError, match="not for this model"):
+        KnormPress.from_plan(path, bench.model)
