@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import numpy as np
@@ -171,7 +172,11 @@ def summarize(record: Record) -> Row:
 
 def latency_changes(latency: Latency) -> dict[str, Change]:
     """The changes of ``ttft``, ``tpot`` and ``throughput``, pair by pair."""
-    figures: dict[str, Callable[[Run], float]] = {"ttft": _ttft, "tpot": _tpot, "throughput": _throughput}
+    figures: dict[str, Callable[[Run], float]] = {
+        "ttft": attrgetter("ttft_s"),
+        "tpot": attrgetter("tpot_s"),
+        "throughput": attrgetter("tokens_per_s"),
+    }
     return {
         name: ratio_change(list(map(figure, latency.baseline)), list(map(figure, latency.candidate)))
         for name, figure in figures.items()
@@ -323,24 +328,12 @@ def _cell(record: Record) -> str:
     return f"the record of {record.policy.method} at keep ratio {record.policy.keep_ratio:g}"
 
 
-def _ttft(run: Run) -> float:
-    return run.ttft_s
-
-
-def _tpot(run: Run) -> float:
-    return sum(run.gaps_s) / len(run.gaps_s)
-
-
-def _throughput(run: Run) -> float:
-    return (len(run.gaps_s) + 1) / (run.ttft_s + sum(run.gaps_s))
-
-
 def _speed(runs: Sequence[Run]) -> Speed:
     p50, p90 = np.percentile([gap for run in runs for gap in run.gaps_s], (50, 90))
     return Speed(
-        ttft_s=statistics.median(map(_ttft, runs)),
-        tpot_s=statistics.median(map(_tpot, runs)),
-        throughput=statistics.median(map(_throughput, runs)),
+        ttft_s=statistics.median(map(attrgetter("ttft_s"), runs)),
+        tpot_s=statistics.median(map(attrgetter("tpot_s"), runs)),
+        throughput=statistics.median(map(attrgetter("tokens_per_s"), runs)),
         gap_p50_s=float(p50),
         gap_p90_s=float(p90),
     )

@@ -114,6 +114,16 @@ class Run(_Strict):
     ttft_s: float
     gaps_s: tuple[float, ...]
 
+    @property
+    def tpot_s(self) -> float:
+        """Mean gap, in seconds; of a run with at least one."""
+        return sum(self.gaps_s) / len(self.gaps_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens / whole time, the prompt's time included."""
+        return (len(self.gaps_s) + 1) / (self.ttft_s + sum(self.gaps_s))
+
 
 class Latency(_Strict):
     """Generations of baseline and candidate, measured in turn: ``baseline[i]`` and ``candidate[i]`` are a pair.

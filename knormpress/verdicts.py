@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -142,9 +143,9 @@ def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[
     new = [entry.latency for entry in now if entry.latency is not None]
     if not old or not new:
         return []
-    figures: dict[str, tuple[Callable[[Run], float], float]] = {"ttft": (_ttft, 1.0)}
+    figures: dict[str, tuple[Callable[[Run], float], float]] = {"ttft": (attrgetter("ttft_s"), 1.0)}
     if new[0].baseline[0].gaps_s:
-        figures |= {"tpot": (_tpot, 1.0), "throughput": (_throughput, -1.0)}
+        figures |= {"tpot": (attrgetter("tpot_s"), 1.0), "throughput": (attrgetter("tokens_per_s"), -1.0)}
     findings = []
     for name, (figure, worse) in figures.items():
         ratios = [_ratios(side, figure) for side in (old, new)]
@@ -264,15 +265,3 @@ def _ratios(latencies: Sequence[Latency], figure: Callable[[Run], float]) -> lis
         for latency in latencies
         for baseline, candidate in zip(latency.baseline, latency.candidate, strict=True)
     ]
-
-
-def _ttft(run: Run) -> float:
-    return run.ttft_s
-
-
-def _tpot(run: Run) -> float:
-    return sum(run.gaps_s) / len(run.gaps_s)
-
-
-def _throughput(run: Run) -> float:
-    return (len(run.gaps_s) + 1) / (run.ttft_s + sum(run.gaps_s))
