@@ -50,15 +50,19 @@ def by_page(language: str) -> Any:
 def run_python(page: list[Block], name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Run a page's blocks in one namespace; what a comment `# -> ` says must have been printed, in that order."""
     namespace: dict[str, Any] = {"__name__": "page"}
-    for block in page:
-        file = re.match(r"# (\w+\.py)\n", block.text)
-        if file:
-            Path(file[1]).write_text(block.text, encoding="utf-8")
-        # Blank lines in front make the lines of a traceback those of the page.
-        exec(compile("\n" * block.line + block.text, name, "exec"), namespace)
-        printed = iter(capsys.readouterr().out.splitlines())
-        for told in re.findall(r"# -> (.+)", block.text):
-            assert told in printed, f"{name} line {block.line} did not print {told!r}"
+    try:
+        for block in page:
+            file = re.match(r"# (\w+\.py)\n", block.text)
+            if file:
+                Path(file[1]).write_text(block.text, encoding="utf-8")
+            # Blank lines in front make the lines of a traceback those of the page.
+            exec(compile("\n" * block.line + block.text, name, "exec"), namespace)
+            printed = iter(capsys.readouterr().out.splitlines())
+            for told in re.findall(r"# -> (.+)", block.text):
+                assert told in printed, f"{name} line {block.line} did not print {told!r}"
+    finally:
+        # Its functions hold on to it, and what it holds would outlive the test: frozen garbage is never collected.
+        namespace.clear()
 
 
 def commands(text: str) -> list[list[str]]:
