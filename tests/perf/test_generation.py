@@ -21,12 +21,13 @@ def test_generation(knorm_latency, knorm_method, quick):
     assert all(len(run.gaps_s) == new_tokens - 1 for run in (*latency.baseline, *latency.candidate))
 
 
-def test_cache_bytes_are_those_of_the_policy(knorm_bench, knorm_press, knorm_method, knorm_memory):
-    found = knorm_memory(knorm_method, prompt_tokens=PROMPT_TOKENS)
+def test_cache_bytes_are_those_of_the_policy(knorm_bench, knorm_press, knorm_method, knorm_memory, quick):
+    tokens = 512 if quick else PROMPT_TOKENS
+    found = knorm_memory(knorm_method, prompt_tokens=tokens)
     config = knorm_bench.model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slot = 2 * head_size * knorm_bench.model.dtype.itemsize
-    kept = [share(ratio, PROMPT_TOKENS) for ratio in knorm_press.ratios(config.num_hidden_layers)]
-    per_head = sum(slots * (slot + (4 if slots < PROMPT_TOKENS else 0)) for slots in kept)
+    kept = [share(ratio, tokens) for ratio in knorm_press.ratios(config.num_hidden_layers)]
+    per_head = sum(slots * (slot + (4 if slots < tokens else 0)) for slots in kept)
     assert found.candidate_cache_bytes == per_head * config.num_key_value_heads
-    assert found.baseline_cache_bytes == PROMPT_TOKENS * slot * config.num_key_value_heads * config.num_hidden_layers
+    assert found.baseline_cache_bytes == tokens * slot * config.num_key_value_heads * config.num_hidden_layers

@@ -15,8 +15,9 @@ from knormpress.metrics import prefill
 @pytest.mark.benchmark(group="first token of a question after 2048 tokens of context")
 def test_a_question_on_a_saved_context(benchmark, knorm_bench, tmp_path, quick):
     model = knorm_bench.model
-    (ids,) = knorm_bench.documents(length=2048 + 32, count=1)
-    context, question = ids[:, :2048], ids[:, 2048:]
+    tokens = 1_024 if quick else 2_048
+    (ids,) = knorm_bench.documents(length=tokens + 32, count=1)
+    context, question = ids[:, :tokens], ids[:, tokens:]
     path, press, again = tmp_path / "context.safetensors", KnormPress(0.5), []
     with torch.inference_mode():
         filled = KnormCache(model, press)
