@@ -72,7 +72,7 @@ class Plan:
         model: ``name``, ``dtype`` and ``fingerprint`` (see ``saving.fingerprint``) of the model.
         targets: what was asked for: ``ppl`` in %, ``passkey`` as a share, or None.
         calibration, held_out: text, documents and passkeys that the search saw, and those that ``frontier`` was
-            measured on.
+            measured on: of ``cut_into`` documents those of the given ``numbers``.
         frontier: the plan and what it is compared with, measured on what the search did not see.
         sensitivities: see there.
         kept: see ``KeptTokens``.

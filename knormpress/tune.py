@@ -32,7 +32,10 @@ from knormpress.search import Curve, least_keep, plan_at
 
 __all__ = ["Targets", "tune"]
 
-CALIBRATION_DOCUMENTS, HELD_OUT_DOCUMENTS = 6, 8
+# Of so many documents spread over the text, every other one is calibrated on until there are six.
+_CUT = 14
+_SEEN = tuple(range(1, 12, 2))
+_UNSEEN = tuple(number for number in range(_CUT) if number not in _SEEN)
 CALIBRATION_SCORED, SCORED = 128, 256
 CALIBRATION_PASSKEYS, HELD_OUT_PASSKEYS = 12, 40
 
@@ -149,8 +152,8 @@ def tune(
         press=base,
         model={"name": bench.model_info.name, "dtype": bench.model_info.dtype, "fingerprint": model},
         targets={"ppl": targets.ppl, "passkey": targets.passkey},
-        calibration=_text_of(bench, context, CALIBRATION_SCORED, len(seen), len(prompts)),
-        held_out=_text_of(bench, context, SCORED, len(unseen), HELD_OUT_PASSKEYS if prompts else 0),
+        calibration=_text_of(bench, context, CALIBRATION_SCORED, _SEEN, len(prompts)),
+        held_out=_text_of(bench, context, SCORED, _UNSEEN, HELD_OUT_PASSKEYS if prompts else 0),
         made={"tuned": datetime.now(timezone.utc).isoformat(timespec="seconds"), "knormpress": __version__},
     )
     with Probes.open(
@@ -335,18 +338,18 @@ def _compared(search: _Search) -> list[Tried]:
 
 def _split(bench: Bench, context: int) -> tuple[list[Tensor], list[Tensor]]:
     """Documents to calibrate on, and others to measure on: every other one of those that are spread over the text."""
-    count = CALIBRATION_DOCUMENTS + HELD_OUT_DOCUMENTS
-    texts = bench.documents(length=context + SCORED + 1, count=count)
-    seen = range(1, 2 * CALIBRATION_DOCUMENTS, 2)
+    texts = bench.documents(length=context + SCORED + 1, count=_CUT)
     short = context + CALIBRATION_SCORED + 1
-    return [texts[i][:, :short] for i in seen], [text for i, text in enumerate(texts) if i not in seen]
+    return [texts[i][:, :short] for i in _SEEN], [texts[i] for i in _UNSEEN]
 
 
-def _text_of(bench: Bench, context: int, scored: int, documents: int, passkeys: int) -> dict[str, object]:
+def _text_of(bench: Bench, context: int, scored: int, numbers: tuple[int, ...], passkeys: int) -> dict[str, object]:
     return {
         "text": bench.text_info.name,
         "sha256": bench.text_info.sha256,
-        "documents": documents,
+        "documents": len(numbers),
+        "numbers": list(numbers),
+        "cut_into": _CUT,
         "context": context,
         "scored": scored,
         "passkeys": passkeys,

@@ -58,6 +58,7 @@ def test_the_plan_keeps_less_and_is_on_disk(tuned, bench):
     assert len(plan.press.layer_keep_ratios) == bench.layers
     assert plan.calibration["documents"] == 6
     assert plan.held_out["documents"] == 8
+    assert sorted([*plan.calibration["numbers"], *plan.held_out["numbers"]]) == list(range(plan.held_out["cut_into"]))
 
 
 def test_the_frontier_is_measured_through_each_policy(tuned, bench):
@@ -67,7 +68,7 @@ def test_the_frontier_is_measured_through_each_policy(tuned, bench):
     assert {"tuned", "uniform", "random", "recent-window", "keydiff"} <= set(names)
     assert plan.frontier[0].press == plan.press
     texts = bench.documents(length=CONTEXT + 257, count=14)
-    unseen = [text for index, text in enumerate(texts) if index not in range(1, 12, 2)]
+    unseen = [texts[number] for number in plan.held_out["numbers"]]
     (quality,) = benches.quality(bench, unseen, [plan.press], context=CONTEXT, prefill_chunk=None)
     assert plan.frontier[0].kl == pytest.approx(statistics.fmean(document.kl for document in quality.documents))
 
