@@ -7,25 +7,20 @@ transformers before a test asks for a fixture that needs them.
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from knormpress.errors import KnormError
 from knormpress.plugin_options import FLAGS, OPTIONS, devices, flag, number, press_id, presses, setting, told
+from knormpress.plugin_run import StoredRun
 from knormpress.press import KnormPress
 
 if TYPE_CHECKING:
     from knormpress.bench import Bench
-    from knormpress.history import History
     from knormpress.metrics import Method
-    from knormpress.records import Entry, Latency, Memory
+    from knormpress.records import Latency, Memory
     from knormpress.testing import Measured, Scored
-    from knormpress.verdicts import Verdict
 
 __all__ = [
     "knorm_bench",
@@ -57,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and read what is stored before anything is measured."""
     config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
     if flag(config, "save") or flag(config, "compare"):
-        config.stash[_RUN] = told(lambda: _Run.begin(config))
+        config.stash[_RUN] = told(lambda: StoredRun.begin(config))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -291,82 +286,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
-@dataclass
-class _Run:
-    """One session that stores: where, under what name, and what was there before it."""
-
-    name: str
-    storage: Path
-    history: History
-    compares: bool
-    thresholds: dict[str, float]
-    verdicts: list[Verdict] = field(default_factory=list)
-    collected: set[str] = field(default_factory=set)
-    deselected: set[str] = field(default_factory=set)
-
-    @classmethod
-    def begin(cls, config: pytest.Config) -> _Run:
-        from knormpress.history import History
-        from knormpress.verdicts import read_thresholds
-
-        kind, separator, place = str(config.getoption("benchmark_storage", "file://./.benchmarks")).partition("://")
-        # A test may change the current folder.
-        storage = Path(place if separator else kind).absolute()
-        if separator and kind != "file":
-            raise KnormError(f"--benchmark-storage is a {kind}; entries are stored in a folder: give file://FOLDER")
-        compares = flag(config, "compare")
-        if storage.exists() and not storage.is_dir():
-            raise KnormError(
-                f"entries can't be stored in {storage}, which is no folder; give another --benchmark-storage"
-            )
-        history = replace(History.read(storage) if compares else History(()), repository=Path.cwd())
-        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
-
-    def thresholds_of(self, item: pytest.Item) -> dict[str, float]:
-        """What the marks of ``item`` allow, the closest one last, and the options for the rest."""
-        from knormpress.verdicts import read_thresholds
-
-        marks = reversed([*item.iter_markers("knorm_thresholds")])
-        given = [[*map(str, mark.args), *(f"{name}={value}" for name, value in mark.kwargs.items())] for mark in marks]
-        return read_thresholds(",".join(part for parts in given for part in parts), self.thresholds)
-
-    def finish(self, item: pytest.Item, entry: Entry) -> tuple[Entry, str]:
-        """Judge ``entry`` and store it with the words found; returns it, and what the test is to fail with."""
-        from knormpress.history import store
-
-        fault = ""
-        if self.compares:
-            try:
-                verdict = self.history.verdict([entry], self.thresholds_of(item))
-            except KnormError as error:
-                fault = str(error)
-            else:
-                self.verdicts.append(verdict)
-                words = {finding.metric: finding.word for finding in verdict.findings}
-                entry = entry.model_copy(update={"verdicts": words})
-                fault = f"regressed: {verdict.reason}" if verdict.word == "regressed" else ""
-        store(self.storage, entry)
-        return entry, fault
-
-    def vanished(self, config: pytest.Config) -> list[Verdict]:
-        """Tests of the last stored run that the paths of the command line cover and that are not there any more."""
-        if not self.collected:
-            return []
-        folders = [argument.partition("::")[0].removeprefix("./").rstrip("/") for argument in config.args]
-        paths = [_from_root(config, folder) for folder in folders if "::" not in folder]
-
-        ignored = [_from_root(config, str(path)) for path in config.getoption("ignore") or ()]
-
-        def expected(test: str) -> bool:
-            path = Path(test.partition("::")[0])
-            if any(place in (path, *path.parents) for place in ignored):
-                return False
-            return test not in self.deselected and any(place in (path, *path.parents) for place in paths)
-
-        return self.history.vanished(self.name, sorted(self.collected), expected)
-
-
-_RUN = pytest.StashKey[_Run]()
+_RUN = pytest.StashKey[StoredRun]()
 _MEASURED = pytest.StashKey["Measured"]()
 _BENCHMARK = pytest.StashKey[Any]()
 
@@ -385,14 +305,6 @@ def _finish(item: pytest.Item, *, passed: bool) -> None:
         benchmark.extra_info["knormpress"] = entry.model_dump(mode="json")
     if passed and fault:
         pytest.fail(fault, pytrace=False)
-
-
-def _from_root(config: pytest.Config, folder: str) -> Path:
-    path = (config.invocation_params.dir / folder).resolve()
-    try:
-        return path.relative_to(config.rootpath)
-    except ValueError:
-        return path
 
 
 @functools.cache
