@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from knormpress.metrics.passkey import PasskeyPrompt, PasskeyScore, read_key
 from knormpress.metrics.replay import Outputs, Replay, replayed
 from knormpress.press import KnormPress
 
-__all__ = ["Damage", "Memory", "Probes"]
+__all__ = ["Damage", "Notes", "Probes"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Damage:
         return (self.kl + max(self.nll, 0.0)) / 2
 
 
-class Memory:
+class Notes:
     """Damages measured before, in a JSON Lines file whose first line says of what, as does a hash in every other.
 
     The hash tells whose a line is when two searches write to one file at once.
@@ -87,7 +88,10 @@ class Memory:
                 continue
         with self._told():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
+            # Beside it, then renamed: a kill must not cost what was measured.
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            beside.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
+            beside.replace(path)
 
     def get(self, press: KnormPress) -> Damage | None:
         """What was noted of ``press``."""

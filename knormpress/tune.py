@@ -25,7 +25,7 @@ from knormpress.errors import KnormError
 from knormpress.held_out import Tried, kept_tokens, mean_keep, measure_unseen
 from knormpress.plan import Plan, Sensitivities, write_plan
 from knormpress.press import KnormPress
-from knormpress.probes import Damage, Memory, Probes
+from knormpress.probes import Damage, Notes, Probes
 from knormpress.progress import Progress, ticking
 from knormpress.saving import fingerprint
 from knormpress.search import Curve, least_keep, plan_at
@@ -144,10 +144,9 @@ def tune(
         "passkeys": len(prompts),
         "knormpress": __version__,
     }
-    notes = path.with_name(f"{path.name}.search.jsonl")
-    memory = Memory(notes, identity, fresh=fresh)
-    if memory.goes_on:
-        progress.say(f"going on with what was measured before, in {notes}; --fresh forgets it")
+    notes = Notes(path.with_name(f"{path.name}.search.jsonl"), identity, fresh=fresh)
+    if notes.goes_on:
+        progress.say(f"going on with what was measured before, in {notes.path}; --fresh forgets it")
     plan = Plan(
         press=base,
         model={"name": bench.model_info.name, "dtype": bench.model_info.dtype, "fingerprint": model},
@@ -166,7 +165,7 @@ def tune(
         search = _Search(
             bench=bench,
             probes=probes,
-            memory=memory,
+            notes=notes,
             targets=targets,
             plan=plan,
             path=path,
@@ -191,14 +190,14 @@ class _Search:
         *,
         bench: Bench,
         probes: Probes,
-        memory: Memory,
+        notes: Notes,
         targets: Targets,
         plan: Plan,
         path: Path,
         progress: Progress,
         minutes: float,
     ) -> None:
-        self.bench, self.probes, self.memory, self.targets = bench, probes, memory, targets
+        self.bench, self.probes, self.notes, self.targets = bench, probes, notes, targets
         self.plan, self.path, self.progress = plan, path, progress
         self.alone: dict[str, KnormPress] = {}
         self.text: list[Curve] = []
@@ -239,12 +238,12 @@ class _Search:
         ]
 
     def _measure(self, press: KnormPress, how: Callable[[], Damage]) -> Damage:
-        known = self.memory.get(press)
+        known = self.notes.get(press)
         if known is None:
             if time.perf_counter() > self.end:
                 raise _TimeIsUp
             known = how()
-            self.memory.note(press, known)
+            self.notes.note(press, known)
         return known
 
     def _measure_layers(self) -> None:
@@ -270,7 +269,7 @@ class _Search:
             ratios = list(base.layer_keep_ratios or ())
             ratios[layer] = ratio
             press = replace(base, layer_keep_ratios=tuple(ratios))
-            if measure is None and self.memory.get(press) is None:
+            if measure is None and self.notes.get(press) is None:
                 measure = self.probes.around(base)
             found[layer, ratio] = self._measure(press, partial(measure, press, layer) if measure else _unreachable)
             tick()

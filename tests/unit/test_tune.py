@@ -20,7 +20,7 @@ from knormpress.metrics import prefill, score_document
 from knormpress.metrics.passkey import passkey_prompts
 from knormpress.plan import read_plan
 from knormpress.press import KnormPress
-from knormpress.probes import Damage, Memory, Probes
+from knormpress.probes import Damage, Notes, Probes
 from knormpress.progress import Progress
 from knormpress.records import read_records
 from knormpress.tune import Targets, tune
@@ -283,11 +283,11 @@ def test_damage_that_is_no_number_is_within_no_target():
 
 def test_what_another_search_writes_into_the_file_is_not_believed(tmp_path):
     path, press = tmp_path / "notes.jsonl", KnormPress(0.5)
-    first = Memory(path, {"context": 512})
-    second = Memory(path, {"context": 1024})
+    first = Notes(path, {"context": 512})
+    second = Notes(path, {"context": 1024})
     first.note(press, Damage(0.1, 0.1, 0.0, 1.0))
     second.note(replace(press, keep_recent=1), Damage(0.2, 0.2, 0.0, 1.0))
-    again = Memory(path, {"context": 1024})
+    again = Notes(path, {"context": 1024})
     assert again.goes_on
     assert again.get(press) is None
     assert again.get(replace(press, keep_recent=1)) == Damage(0.2, 0.2, 0.0, 1.0)
@@ -296,9 +296,9 @@ def test_what_another_search_writes_into_the_file_is_not_believed(tmp_path):
 def test_notes_that_are_no_text_are_begun_anew(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_bytes(b"\xff\xfe\n")
-    assert not Memory(path, {"context": 512}).goes_on
-    assert Memory(path, {"context": 512}).goes_on
-    assert not Memory(path, {"context": 512}, fresh=True).goes_on
+    assert not Notes(path, {"context": 512}).goes_on
+    assert Notes(path, {"context": 512}).goes_on
+    assert not Notes(path, {"context": 512}, fresh=True).goes_on
 
 
 @pytest.mark.parametrize(
