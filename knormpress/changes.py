@@ -18,10 +18,10 @@ _RESAMPLES = 2_000
 _BLOCK = 64
 
 
-Verdict: TypeAlias = Literal["pass", "fail", "inconclusive"]
+Decision: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
 
-def gate(change: Change, tolerance: float) -> Verdict:
+def gate(change: Change, tolerance: float) -> Decision:
     """Whether a change stays within +-``tolerance`` %: decided by its whole interval, or not at all.
 
     ``pass`` if the interval lies within the tolerance, ``fail`` if it lies outside, ``inconclusive`` if it crosses the
@@ -34,7 +34,7 @@ def gate(change: Change, tolerance: float) -> Verdict:
     return "fail" if change.low > tolerance or change.high < -tolerance else "inconclusive"
 
 
-def passkey_gate(found: int, known: int, share: float) -> tuple[Verdict, str]:
+def passkey_gate(found: int, known: int, share: float) -> tuple[Decision, str]:
     """Whether ``found`` of ``known`` passkeys are ``share`` of them or more, and what was measured, in words.
 
     The whole 95 % interval of the proportion decides: E. B. Wilson's (1927), which holds near 1 as well.

@@ -18,9 +18,9 @@ from knormpress.records import Latency, Record, Run
 
 __all__ = [
     "Change",
+    "Judgement",
     "Row",
     "Speed",
-    "Verdict",
     "differences",
     "group_rows",
     "judge_claims",
@@ -107,7 +107,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """A promise of the guide against what was measured.
 
     ``met`` speaks of the point estimate; ``crosses`` says that the interval holds the limit, so that another
@@ -232,7 +232,7 @@ def setting(row: Row) -> dict[str, object]:
     }
 
 
-def judge_targets(rows: Iterable[Row]) -> list[Verdict]:
+def judge_targets(rows: Iterable[Row]) -> list[Judgement]:
     """The guide's targets, for every row that drops tokens: TTFT -80 %, throughput within -10 %, PPL within +-5 %."""
     verdicts = []
     for row in rows:
@@ -245,7 +245,7 @@ def judge_targets(rows: Iterable[Row]) -> list[Verdict]:
     return verdicts
 
 
-def judge_claims(rows: Iterable[Row], beside: Iterable[Row] = ()) -> list[Verdict]:
+def judge_claims(rows: Iterable[Row], beside: Iterable[Row] = ()) -> list[Judgement]:
     """The figures the guide reports for this method at keep ratios 0.9, 0.8 and 0.7, where they were measured.
 
     They are whole percents, so half a percent is allowed for; a change that is better than claimed meets the claim.
@@ -296,12 +296,12 @@ def _judge(
     least: float = -math.inf,
     most: float = math.inf,
     why: str | None = None,
-) -> Verdict:
+) -> Judgement:
     met = least <= measured.percent <= most
     crosses = None
     if measured.low is not None and measured.high is not None:
         crosses = any(measured.low < limit < measured.high for limit in (least, most))
-    return Verdict(kind, what, row.keep_ratio, promised, measured, met, crosses, None if met else why)
+    return Judgement(kind, what, row.keep_ratio, promised, measured, met, crosses, None if met else why)
 
 
 def _check_scores(record: Record) -> None:

@@ -86,7 +86,7 @@ class KnormLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token."""
         self._tapes = (Tape(), Tape())
-        self._slots = Tape()
+        self._kept: Tensor | None = None
         self.keys = self.values = None
         self.is_initialized = False
         self.seen = 0
@@ -114,14 +114,15 @@ class KnormLayer(CacheLayerMixin):
         """(batch, kv_heads, stored): the original position of each stored token, ascending; -1 marks an empty slot."""
         if self.keys is None:
             return torch.empty(0, 0, 0, dtype=torch.int32)
-        if self._slots.length:
-            return self._slots.view
-        return torch.arange(self.stored, dtype=torch.int32, device=self.device).expand(*self.keys.shape[:3])
+        newer = torch.arange(self.pruned_at, self.seen, dtype=torch.int32, device=self.device)
+        newer = newer.expand(*self.keys.shape[:2], -1)
+        return newer if self._kept is None else torch.cat([self._kept, newer], dim=2)
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage really held, positions and spare room counted."""
-        return sum(tape.nbytes for tape in (*self._tapes, self._slots))
+        kept = 0 if self._kept is None else self._kept.untyped_storage().nbytes()
+        return kept + sum(tape.nbytes for tape in self._tapes)
 
     def get_seq_length(self) -> int:
         """Tokens seen: the position of the next token, from which transformers derives its positions."""
@@ -151,9 +152,6 @@ class KnormLayer(CacheLayerMixin):
         self.expect(batch)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self._slots.length:
-            added = torch.arange(self.seen, self.seen + new, dtype=torch.int32, device=key_states.device)
-            self._slots.append(added.expand(*key_states.shape[:2], new))
         self.keys, self.values = (
             tape.append(states) for tape, states in zip(self._tapes, (key_states, value_states), strict=True)
         )
@@ -217,8 +215,6 @@ class KnormLayer(CacheLayerMixin):
             self._count([-count for count in gone])
             self.seen -= removed
             self.keys, self.values = (tape.truncate(tape.length - removed) for tape in self._tapes)
-            if self._slots.length:
-                self._slots.truncate(self.stored)
         if self.record_past:
             home = self._tapes[0].view.device
             self.prefetch()
@@ -230,8 +226,8 @@ class KnormLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.keys, self.values = (tape.select_rows(beam_idx) for tape in self._tapes)
-        if self._slots.length:
-            self._slots.select_rows(beam_idx)
+        if self._kept is not None:
+            self._kept = self._kept.index_select(0, beam_idx.to(self._kept.device))
         rows = beam_idx.tolist()
         self._row_stored = [self._row_stored[row] for row in rows]
         self._row_new = [self._row_new[row] for row in rows]
@@ -264,8 +260,8 @@ class KnormLayer(CacheLayerMixin):
         tensors = {}
         if self.keys is not None and self.values is not None:
             tensors = {"keys": self.keys, "values": self.values}
-        if self._slots.length:
-            tensors["positions"] = self._slots.view
+        if self._kept is not None:
+            tensors["positions"] = self.positions
         names = ("seen", "pruned_at", "holes", "_row_stored", "_row_new")
         return tensors, {name: getattr(self, name) for name in names}
 
@@ -275,9 +271,9 @@ class KnormLayer(CacheLayerMixin):
             return
         self.lazy_initialization(tensors["keys"], tensors["values"])
         self.keys, self.values = self._tapes[0].replace(tensors["keys"]), self._tapes[1].replace(tensors["values"])
-        if "positions" in tensors:
-            self._slots.replace(tensors["positions"])
         vars(self).update(state)
+        if "positions" in tensors:
+            self._kept = tensors["positions"][:, :, : self.stored - (self.seen - self.pruned_at)].clone()
 
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
@@ -300,16 +296,17 @@ class KnormLayer(CacheLayerMixin):
         positions = self.positions
         real = self._real(positions)
         scores = self.score(self.keys, positions, self.index)
-        finite = scores.isfinite() if real is None else scores.isfinite() | ~real
-        if not bool(finite.all()):
+        ranked = scores if real is None else scores.masked_fill(~real, 0)
+        if not bool(ranked.abs().amax() < torch.inf):  # NaN is not
             raise KnormError(
                 f"layer {self.index} has keys that are NaN or infinite, which no norm can rank; "
                 "look for an overflow in the model, or use a wider dtype"
             )
         slots = select(scores, budgets, real=real, keep_recent=self.press.keep_recent)
         self.holes = min(budgets) < max(budgets)
-        positions = gather(positions, slots).masked_fill(slots < 0, -1)
-        self._slots.replace(positions)
+        # While nothing has been dropped, a slot's number is its position.
+        kept = slots if self._kept is None else gather(positions, slots).masked_fill(slots < 0, -1)
+        self._kept = kept.to(torch.int32)
         self.keys, self.values = (tape.replace(gather(tape.view, slots)) for tape in self._tapes)
         self._row_stored = budgets
         self.pruned_at = self.seen

@@ -6,13 +6,13 @@ JSON, written by ``knormpress tune`` and read by ``KnormPress.from_plan`` and ``
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from knormpress.errors import KnormError
+from knormpress.files import replacing
 from knormpress.press import KnormPress
 
 __all__ = ["FORMAT", "KeptTokens", "Plan", "Point", "Sensitivities", "read_plan", "write_plan"]
@@ -114,15 +114,12 @@ def write_plan(plan: Plan, path: Path) -> None:
         KnormError: the file can't be written.
     """
     values = {"format": FORMAT, **asdict(plan)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(values, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(values, allow_nan=False, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise KnormError(f"the plan can't be written to {path} ({error.strerror}); choose another --output") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from knormpress.cache import KnormCache
 from knormpress.errors import KnormError
+from knormpress.files import replacing
 from knormpress.metrics import prefill
 from knormpress.metrics.passkey import PasskeyPrompt, PasskeyScore, read_key
 from knormpress.metrics.replay import Outputs, Replay, replayed
@@ -88,10 +88,8 @@ class Notes:
                 continue
         with self._told():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Beside it, then renamed: a kill must not cost what was measured.
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            beside.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
-            beside.replace(path)
+            with replacing(path) as beside:  # a kill must not cost what was measured
+                beside.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
 
     def get(self, press: KnormPress) -> Damage | None:
         """What was noted of ``press``."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from knormpress.press import KnormPress, share
 
 __all__ = ["budget", "gather", "key_norms", "select"]
+
+_OF_NUMPY = (torch.float32, torch.float64)
 
 
 def key_norms(keys: Tensor, *_: object) -> Tensor:
@@ -77,20 +81,22 @@ def select(scores: Tensor, budgets: Sequence[int], *, real: Tensor | None = None
         scores = scores.masked_fill(newer < keep_recent, -torch.inf)
     if real is not None:
         scores = scores.masked_fill(~real, torch.inf)
-    limits = torch.tensor(budgets, device=scores.device).view(-1, 1, 1)
-    # Far faster than a full sort, but only the CPU and CUDA have it.
-    if scores.device.type in ("cpu", "cuda"):
-        rows = zip(scores, budgets, strict=True)
-        last = torch.stack([row.kthvalue(max(count, 1), dim=-1, keepdim=True).values for row, count in rows])
-    else:
-        last = scores.sort(dim=-1).values.gather(-1, (limits - 1).clamp(min=0).expand(-1, scores.shape[1], -1))
+    last = torch.stack([_smallest(row, max(count, 1)) for row, count in zip(scores, budgets, strict=True)])
     below, ties = scores < last, scores == last
+    limits = torch.tensor(budgets, device=scores.device).view(-1, 1, 1)
     kept = below | ties & (ties.cumsum(-1) <= limits - below.sum(dim=-1, keepdim=True))
     most = max(budgets)
-    # Rows are filled from the end; what is not kept lands in a slot too many.
-    targets = torch.where(kept, kept.cumsum(-1) - 1 + most - limits, most)
-    filled = targets.new_full((*scores.shape[:2], most + 1), -1).scatter(-1, targets, slots.expand_as(targets))
-    return filled[..., :most]
+    found = (row.nonzero()[:, 1].view(len(row), count) for row, count in zip(kept, budgets, strict=True))
+    return torch.stack([pad(row, (most - row.shape[1], 0), value=-1) for row in found])
+
+
+def _smallest(scores: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest of each head's scores: (H, n) to (H, 1)."""
+    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY:
+        # Twice as fast as kthvalue and topk, ten times as fast as a sort.
+        place = count - 1
+        return torch.from_numpy(np.partition(scores.detach().numpy(), place)[:, place:count])
+    return scores.sort(dim=-1).values[:, count - 1 : count]
 
 
 def gather(states: Tensor, slots: Tensor) -> Tensor:
@@ -112,7 +118,7 @@ def gather(states: Tensor, slots: Tensor) -> Tensor:
     extent = 1 + sum(step * (count - 1) for step, count in zip(steps, states.shape[:3], strict=True))
     rows = torch.arange(states.shape[0], device=states.device).view(-1, 1, 1) * steps[0]
     heads = torch.arange(states.shape[1], device=states.device).view(1, -1, 1) * steps[1]
-    index = rows + heads + slots.clamp(min=0) * steps[2]
+    index = torch.add(rows + heads, slots.clamp(min=0), alpha=steps[2])
     storage = states.as_strided((extent, *inner), (size, *states.stride()[3:]))
     gathered: Tensor = storage.index_select(0, index.flatten()).unflatten(0, slots.shape)
     return gathered

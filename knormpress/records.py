@@ -11,6 +11,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from knormpress.errors import KnormError
+from knormpress.files import replacing
 
 try:
     import fcntl
@@ -220,23 +221,18 @@ class Entry(_Strict):
 def append_record(path: Path, record: Record | Entry) -> None:
     """Add ``record`` as one line to the JSON Lines file ``path``.
 
-    The new file is written beside the old one and renamed over it, so that a kill at any moment leaves either of the
-    two whole. Processes that append at once take turns, but on Windows.
+    A kill at any moment leaves the file as it was or as it is to be. Processes that append at once take turns, but on
+    Windows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     with _alone_in(path.parent):
         before = path.read_bytes() if path.exists() else b""
         if before and not before.endswith(b"\n"):
             before += b"\n"  # a last line that was cut short must not swallow the new one
-        try:
-            with beside.open("wb") as file:
-                file.write(before + record.model_dump_json().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(path) as beside, beside.open("wb") as file:
+            file.write(before + record.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from knormpress.errors import KnormError
+from knormpress.files import replacing
 
 __all__ = ["FORMAT", "fingerprint", "read_state", "write_state"]
 
@@ -49,15 +49,12 @@ def _spread(size: int) -> Tensor:
 
 def write_state(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write ``tensors`` and the JSON-ready ``state`` for ``model``, beside ``path`` and then renamed over it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"format": FORMAT, "model": fingerprint(model), "state": json.dumps(state)}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
-        beside.replace(path)
+        with replacing(path) as beside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
     except (SafetensorError, OSError) as error:
         raise KnormError(f"the cache can't be written to {path}: {error}; give a path that can be written") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_state(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:

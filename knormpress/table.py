@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from knormpress.compare import Change, Row, Speed, Verdict, group_rows, judge_claims, judge_targets
+from knormpress.compare import Change, Judgement, Row, Speed, group_rows, judge_claims, judge_targets
 from knormpress.console import make_console
 from knormpress.verdicts import speed_moved
 
@@ -163,7 +163,7 @@ def _aligned(values: Sequence[float]) -> list[str]:
     return [f"{value:.{decimals}f}" for value in values]
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> Table:
+def _verdicts(verdicts: Sequence[Judgement]) -> Table:
     close = any(verdict.crosses for verdict in verdicts)
     table = _table(
         "The guide's targets and claims",
@@ -193,7 +193,7 @@ def _verdicts(verdicts: Sequence[Verdict]) -> Table:
 _WHAT = ("TTFT", "throughput", "PPL")
 
 
-def _reasons(verdicts: Sequence[Verdict]) -> list[RenderableType]:
+def _reasons(verdicts: Sequence[Judgement]) -> list[RenderableType]:
     reasons = dict.fromkeys(verdict.why for verdict in verdicts if verdict.why is not None)
     heading = Text("Why a claim is not met", style="bold")
     return [Group(heading, *(Padding(Text(reason), (0, 0, 0, 2)) for reason in reasons))] if reasons else []

@@ -7,14 +7,14 @@ that makes a fresh cache (``with method(model) as new_cache``).
 from knormpress.metrics.forward import Method, prefill
 from knormpress.metrics.latency import Repeat, TimedPairs, Timing, time_generation, time_in_turn, until_enough
 from knormpress.metrics.memory import MemoryUse, cache_bytes, measure_memory
-from knormpress.metrics.quality import DocumentQuality, Score, score_document
+from knormpress.metrics.quality import DocumentQuality, MethodScore, score_document
 
 __all__ = [
     "DocumentQuality",
     "MemoryUse",
     "Method",
+    "MethodScore",
     "Repeat",
-    "Score",
     "TimedPairs",
     "Timing",
     "cache_bytes",

@@ -5,7 +5,6 @@ Drawn without pyplot: no window is opened, and the user's own style stays as it 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from knormpress.compare import Row, differences, group_rows, setting
 from knormpress.errors import KnormError
+from knormpress.files import replacing
 from knormpress.plan import Plan
 from knormpress.plots.comprehensive import draw_comprehensive
 from knormpress.plots.frontier import draw_frontier
@@ -161,10 +161,6 @@ def _refuse(mixed: dict[str, list[object]]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=DPI)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path

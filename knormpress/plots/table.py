@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from knormpress.compare import Row, Verdict, judge_claims, judge_targets
+from knormpress.compare import Judgement, Row, judge_claims, judge_targets
 from knormpress.plots.style import GREY, WIDTH, add_footer, add_heading, new_figure, pretty, three_digits
 
 __all__ = ["draw_table"]
@@ -98,7 +98,7 @@ def _row(page: _Page, top: float, row: Row) -> None:
     page.write(_FIGURES[6], top + 17, f"{row.cache_bytes / 1e6:,.1f}")
 
 
-def _verdict(page: _Page, top: float, verdict: Verdict) -> None:
+def _verdict(page: _Page, top: float, verdict: Judgement) -> None:
     word = {
         "horizontalalignment": "center",
         "fontweight": "bold",
@@ -126,7 +126,7 @@ def _full_cache(rows: Sequence[Row]) -> str:
     return f"The full cache, measured in the same run: {', '.join(figures)}"
 
 
-def _notes(verdicts: Sequence[Verdict]) -> list[str]:
+def _notes(verdicts: Sequence[Judgement]) -> list[str]:
     notes = []
     if any(verdict.crosses for verdict in verdicts):
         notes.append("~ the interval crosses the limit: measured again, it may end the other way.")

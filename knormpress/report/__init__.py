@@ -6,8 +6,8 @@ The page is a single file that loads nothing and runs no script; its Markdown fo
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from matplotlib import style as matplotlib_style
 
 from knormpress.compare import group_rows, summarize
 from knormpress.errors import KnormError
+from knormpress.files import replacing
 from knormpress.history import History
 from knormpress.plan import Plan
 from knormpress.plots.style import STYLE
@@ -73,15 +74,9 @@ def write_report(
 def _write_whole(texts: Mapping[Path, str]) -> None:
     for path in texts:
         path.parent.mkdir(parents=True, exist_ok=True)
-    besides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in texts}
-    try:
+    with ExitStack() as stack:
         for path, text in texts.items():
-            besides[path].write_text(text, encoding="utf-8")
-        for path, beside in besides.items():
-            beside.replace(path)
-    finally:
-        for beside in besides.values():
-            beside.unlink(missing_ok=True)
+            stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")
 
 
 def build_sections(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from knormpress.changes import ppl_change
-from knormpress.compare import Row, Verdict, differences, judge_claims, judge_targets
+from knormpress.compare import Judgement, Row, differences, judge_claims, judge_targets
 from knormpress.intervals import Change
 from knormpress.plots.style import pretty, three_digits
 from knormpress.records import ROUNDING_KL, DocumentScore
@@ -86,7 +86,7 @@ def verdict_blocks(found: Sequence[Family], rows: Sequence[Row]) -> Iterator[Blo
         yield Words("No record of a method that drops tokens: there is nothing to judge.")
 
 
-def _finding(title: str, what: str, verdicts: Sequence[Verdict], sentence: Callable[[Verdict], str]) -> Finding:
+def _finding(title: str, what: str, verdicts: Sequence[Judgement], sentence: Callable[[Judgement], str]) -> Finding:
     verdicts = [verdict for verdict in verdicts if verdict.what == what]
     met = [verdict.label for verdict in verdicts if verdict.met]
     missed = [verdict.label for verdict in verdicts if not verdict.met]
@@ -102,14 +102,14 @@ def _finding(title: str, what: str, verdicts: Sequence[Verdict], sentence: Calla
     return Finding(tone, word, f"{name}: {'; '.join(parts)}.", lines, why)
 
 
-def _target(verdict: Verdict) -> str:
+def _target(verdict: Judgement) -> str:
     _, met, missed = _TARGETS[verdict.what]
     close = _AGAIN if verdict.crosses else ", from too few runs for an interval" if verdict.crosses is None else ""
     moves = f"{_NAMES[verdict.what]} {_moves(verdict.measured)}"
     return _unbroken(f"At keep ratio {verdict.label} {moves}: {met if verdict.met else missed}{close}.")
 
 
-def _claim(verdict: Verdict) -> str:
+def _claim(verdict: Judgement) -> str:
     measured = f"{pretty(str(verdict.measured))} ({interval(verdict.measured)})"
     return _unbroken(f"At keep ratio {verdict.label} the guide claims {pretty(verdict.promised)}; measured {measured}.")
 

@@ -23,6 +23,7 @@ class Target(NamedTuple):
     change: Change
 
 
+_PLACE = re.compile(r"(<!-- targets -->\n).*?(\n<!-- end -->)", re.DOTALL)
 TARGETS = pytest.StashKey[list[Target]]()
 
 
@@ -31,8 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.performance_table and config.option.knorm_quick:
+    table = config.option.performance_table
+    if table and config.option.knorm_quick:
         raise pytest.UsageError("--performance-table wants the long measurements; leave --knorm-quick out")
+    # Told now, and not when everything has been measured.
+    if table and not (Path(table).is_file() and _PLACE.search(Path(table).read_text(encoding="utf-8"))):
+        raise pytest.UsageError(f"--performance-table is {table}; wanted a Markdown file with the marks of a table")
     config.stash[TARGETS] = []
 
 
@@ -40,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def quick(pytestconfig: pytest.Config) -> bool:
     """Whether short measurements were asked for, that only show that everything runs."""
     return bool(pytestconfig.getoption("--knorm-quick"))
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether figures are wanted for the table, whatever they take."""
+    return bool(pytestconfig.getoption("--performance-table"))
 
 
 @pytest.fixture
@@ -57,7 +68,7 @@ def target(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None
 
 @pytest.fixture
 def in_turn(benchmark: Any) -> Callable[..., Change]:
-    """Time ``candidate`` by pytest-benchmark with ``baseline`` before each round; the change of their paired ratios."""
+    """Time ``candidate`` by pytest-benchmark in turn with ``baseline`` (A B B A); the change of their paired ratios."""
 
     def measure(baseline: Callable[[], object], candidate: Callable[[], object], *, rounds: int) -> Change:
         times: dict[str, list[float]] = {"baseline": [], "candidate": []}
@@ -68,9 +79,15 @@ def in_turn(benchmark: Any) -> Callable[..., Change]:
             run()
             times[name].append(time.perf_counter() - start)
 
-        benchmark.pedantic(
-            lambda: timed("candidate", candidate), setup=lambda: timed("baseline", baseline), rounds=rounds
-        )
+        def before() -> None:
+            if len(times["candidate"]) > len(times["baseline"]):
+                timed("baseline", baseline)
+            if len(times["candidate"]) % 2 == 0:
+                timed("baseline", baseline)
+
+        benchmark.pedantic(lambda: timed("candidate", candidate), setup=before, rounds=rounds)
+        if len(times["candidate"]) > len(times["baseline"]):
+            timed("baseline", baseline)
         return ratio_change(times["baseline"], times["candidate"])
 
     return measure
@@ -93,8 +110,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if config.option.performance_table:
         page = Path(config.option.performance_table)
         text = page.read_text(encoding="utf-8")
-        marked = re.compile(r"(<!-- targets -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        page.write_text(marked.sub(lambda found: found[1] + table + found[2], text), encoding="utf-8")
+        page.write_text(_PLACE.sub(lambda found: found[1] + table + found[2], text), encoding="utf-8")
 
 
 def _interval(change: Change) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knormpress.changes import documents_to_decide, gate, ppl_change
-from knormpress.compare import Row, Verdict, differences, group_rows, judge_claims, judge_targets, summarize
+from knormpress.compare import Judgement, Row, differences, group_rows, judge_claims, judge_targets, summarize
 from knormpress.errors import KnormError
 from knormpress.intervals import Change, ratio_change, ratio_of_ratios
 from knormpress.records import DocumentScore, Record, Run
@@ -306,7 +306,7 @@ class TestVerdicts:
         assert judge_claims(map(summarize, records)) == []
 
     def test_an_interval_across_the_limit_is_said(self) -> None:
-        def ppl(percent: float, low: float | None, high: float | None) -> Verdict:
+        def ppl(percent: float, low: float | None, high: float | None) -> Judgement:
             row = summarize(make_record(0.8))
             (_, _, verdict) = judge_targets([changed(row, ppl=Change(percent, low, high))])
             return verdict

@@ -17,13 +17,15 @@ from _pytest.config import get_config
 
 import knormpress.models
 import tests.perf.conftest
-from knormpress.cli import app
+from knormpress.cli import app, main
+from tests.tiny_folder import save_model, save_text
 from tests.unit.test_packaging import PROJECT
 from tests.unit.test_plugin import plan_file
 from tests.unit.test_workflows import lint
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "USAGE_GUIDE_CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE_CN = ROOT / "USAGE_GUIDE_CN.md"
+PAGES = [ROOT / "README.md", GUIDE_CN, *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {"baseline_test.py": "baseline", "optimized_test.py": "sweep", "visualize_results.py": "plot"}
 LANGUAGES = {"python", "bash", "yaml", "toml"}
 
@@ -153,6 +155,50 @@ def test_commands_are_known(path: Path, parser: pytest.Parser) -> None:
     for block in of(path, "bash"):
         for words in commands(block.text):
             check_command(words, parser)
+
+
+QUICK = ["--corpus", "wikitext-2-valid.txt", "--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1"]
+MADE_QUICK = {"sweep": QUICK, "baseline": QUICK, "tune": [*QUICK[:2], "--minutes", "0.02"], "plot": [], "report": []}
+"""What commands get beside what a page shows, so that they take seconds; the last of two equal options holds."""
+
+
+def shown_runs(path: Path) -> list[list[str]]:
+    """The arguments of the `knormpress` commands and the guide's scripts of a page, but for what compares commits."""
+    found = []
+    for program, *words in (words for block in of(path, "bash") for words in commands(block.text)):
+        if program == "python" and words[0] in SCRIPTS:
+            words[0] = SCRIPTS[words[0]]
+        elif program != "knormpress":
+            continue
+        if words[0] != "compare":
+            found.append([*words, *MADE_QUICK[words[0]]])
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if shown_runs(path) and path != GUIDE_CN], ids=lambda p: p.name
+)
+def test_commands_do_what_they_show(
+    path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a tiny model, one after the other as on the page."""
+    save_text(folder / "wikitext-2-valid.txt", characters=20_000)
+    tiny = knormpress.models._Found(save_model(folder / "tiny", positions=8_192), "tiny", "fresh weights")
+    monkeypatch.setattr(knormpress.models, "_default", lambda: tiny)
+    monkeypatch.syspath_prepend(folder)
+    for block in of(path, "python"):
+        if module := re.match(r"# (\w+\.py)\n", block.text):
+            (folder / module[1]).write_text(block.text, encoding="utf-8")
+    if path.name == "your-own-method.md":  # it goes on from the README's sweep
+        assert main(["sweep", *QUICK]) == 0
+    for words in shown_runs(path):
+        status = main(words)
+        assert status == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
+
+
+def test_the_chinese_guide_shows_the_commands_of_the_readme() -> None:
+    shown = [[words for block in of(path, "bash") for words in commands(block.text)] for path in (PAGES[0], GUIDE_CN)]
+    assert shown[0] == shown[1]
 
 
 def test_the_tests_of_a_method_of_ones_own_run_as_shown(run: Callable[..., pytest.RunResult]) -> None:
