@@ -132,12 +132,13 @@ class KnormCache(MaskedCache):
         plain = self._pass.causal and not layer.holes
         if not layer.pruned_at or (mask is None and plain):
             return mask, plain
+        positions = layer.positions
         own = layer_mask(
             self._pass.dense(),
-            layer.positions,
+            positions,
             seen=layer.seen,
             new=new,
-            groups=self._config.num_attention_heads // layer.positions.shape[1],
+            groups=self._config.num_attention_heads // positions.shape[1],
             holes=layer.holes,
             plain=self._pass.plain,
         )

@@ -34,7 +34,7 @@ _Number = TypeVar("_Number", int, float)
 
 Model = Annotated[str | None, typer.Option(help="Hub id or local folder; SmolLM2-135M-Instruct unless given.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps or xpu; several separated by commas.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 CorpusText = Annotated[
     str | None,
     typer.Option("--corpus", help="wikitext, prose, or a text file; unless given, WikiText-2 where it can be had."),

@@ -18,8 +18,6 @@ from knormpress.press import KnormPress, share
 
 __all__ = ["budget", "gather", "key_norms", "select"]
 
-_OF_NUMPY = (torch.float32, torch.float64)
-
 
 def key_norms(keys: Tensor, *_: object) -> Tensor:
     """L2 norm of each key, the score of Devoto et al. (arXiv 2406.11430): the lowest are kept.
@@ -85,17 +83,20 @@ def select(scores: Tensor, budgets: Sequence[int], *, real: Tensor | None = None
     below, ties = scores < last, scores == last
     limits = torch.tensor(budgets, device=scores.device).view(-1, 1, 1)
     kept = below | ties & (ties.cumsum(-1) <= limits - below.sum(dim=-1, keepdim=True))
-    most = max(budgets)
-    found = (row.nonzero()[:, 1].view(len(row), count) for row, count in zip(kept, budgets, strict=True))
-    return torch.stack([pad(row, (most - row.shape[1], 0), value=-1) for row in found])
+    heads, most = kept.shape[1], max(budgets)
+    # One call for all rows, as each waits for the device.
+    rows = kept.nonzero()[:, 2].split([heads * count for count in budgets])
+    return torch.stack(
+        [pad(row.view(heads, count), (most - count, 0), value=-1) for row, count in zip(rows, budgets, strict=True)]
+    )
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:
     """The ``count``-th lowest of each head's scores: (H, n) to (H, 1)."""
-    if scores.device.type == "cpu" and scores.dtype in _OF_NUMPY:
-        # Twice as fast as kthvalue and topk, ten times as fast as a sort.
-        place = count - 1
-        return torch.from_numpy(np.partition(scores.detach().numpy(), place)[:, place:count])
+    if scores.device.type == "cpu" and scores.is_floating_point():
+        # Twice as fast as kthvalue and topk, ten times as fast as a sort. numpy has no bfloat16.
+        exact = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        return torch.from_numpy(np.partition(exact.numpy(), count - 1)[:, count - 1 : count])
     return scores.sort(dim=-1).values[:, count - 1 : count]
 
 

@@ -40,19 +40,9 @@ class Timing:
     gaps_s: tuple[float, ...]
 
     @property
-    def total_s(self) -> float:
-        """From the call to the last token."""
-        return self.ttft_s + sum(self.gaps_s)
-
-    @property
     def tpot_s(self) -> float:
-        """Mean time per output token after the first; 0 for a single token."""
-        return sum(self.gaps_s) / len(self.gaps_s) if self.gaps_s else 0.0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens / whole time, the prompt's time included."""
-        return (1 + len(self.gaps_s)) / self.total_s
+        """Mean time per output token after the first; of a run with more than that one."""
+        return sum(self.gaps_s) / len(self.gaps_s)
 
 
 def time_generation(

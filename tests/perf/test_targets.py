@@ -18,6 +18,7 @@ from knormpress.intervals import Change, ratio_change
 from knormpress.layer import KnormLayer, TokenLog
 from knormpress.methods import FullCache, make_method
 from knormpress.metrics import prefill, score_document
+from knormpress.press import share
 from knormpress.pruning import key_norms
 
 CHUNK = 1_024
@@ -137,7 +138,7 @@ def test_prefill_in_one_shot(model, ids, in_turn, target, quick):
     target("TTFT at 1,000 tokens, one shot, keep 0.5", "DynamicCache", change, reach=1.02, worst=1.15)
 
 
-def test_prefill_in_chunks(model, ids, benchmark, target, long, thorough):
+def test_prefill_in_chunks(model, ids, full, benchmark, target, long, thorough):
     reaches, peaks = {0.9: 0.95, 0.5: 0.75, 0.1: 0.55}, dict.fromkeys((0.9, 0.5, 0.1), 0)
     times = {keep: [] for keep in (1.0, *reaches)}
 
@@ -159,7 +160,7 @@ def test_prefill_in_chunks(model, ids, benchmark, target, long, thorough):
 
     benchmark.pedantic(all_in_turn, rounds=3 if thorough else 1)
     config = model.config
-    whole = long * 2 * config.num_key_value_heads * 64 * 4 * config.num_hidden_layers
+    whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     for keep, reach in reaches.items():
         change = ratio_change(times[1.0], times[keep])
         target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
@@ -173,7 +174,7 @@ def test_prefill_in_chunks(model, ids, benchmark, target, long, thorough):
 def test_one_prune(full, in_turn, target, long, keep):
     keys = [layer.keys for layer in full.layers]
     values = [layer.values for layer in full.layers]
-    count = int(keep * long)
+    count = share(keep, long)
     kept = [(k[:, :, :count].contiguous(), v[:, :, :count].contiguous()) for k, v in zip(keys, values, strict=True)]
 
     def move_only():

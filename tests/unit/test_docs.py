@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import typer
 import yaml
 from _pytest.config import get_config
 
+import knormpress.corpora
 import knormpress.models
 import tests.perf.conftest
 from knormpress.cli import app, main
@@ -81,14 +83,26 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+def without_python(words: list[str]) -> list[str]:
+    """A command without the `python -m` in front of it, and without the folder of its program."""
+    words = [Path(words[0]).name, *words[1:]]
+    return words[2:] if words[0].startswith("python") and words[1] == "-m" else words
+
+
+def knormpress_arguments(words: list[str]) -> list[str] | None:
+    """What `knormpress` is given, by its own name or by that of a script of the guide; None for other commands."""
+    program, *arguments = without_python(words)
+    if program.startswith("python") and arguments[0] in SCRIPTS:
+        return [SCRIPTS[arguments[0]], *arguments[1:]]
+    return arguments if program == "knormpress" else None
+
+
 def check_command(words: list[str], parser: pytest.Parser) -> None:
     """Have the real command line of each program read its words, and fail on what it doesn't know."""
-    program, arguments = Path(words[0]).name, words[1:]
-    if program.startswith("python"):
-        if arguments[0] == "-m":
-            return check_command(arguments[1:], parser)
-        program, arguments = "knormpress", [SCRIPTS[arguments[0]], *arguments[1:]]
-    if program == "knormpress":
+    program, *arguments = without_python(words)
+    own = knormpress_arguments(words)
+    if own is not None:
+        arguments = own
         group = typer.main.get_command(app)
         with group.make_context("knormpress", arguments[:1]) as context:
             assert isinstance(group, typer.core.TyperGroup)
@@ -111,7 +125,6 @@ def check_command(words: list[str], parser: pytest.Parser) -> None:
         assert set(extras) <= set(PROJECT["optional-dependencies"]), f"not all of {extras} are extras"
     elif program not in ("venv", "cat"):
         raise AssertionError(f"nothing here knows how to check {program}")
-    return None
 
 
 @pytest.fixture(scope="module")
@@ -157,43 +170,54 @@ def test_commands_are_known(path: Path, parser: pytest.Parser) -> None:
             check_command(words, parser)
 
 
-QUICK = ["--corpus", "wikitext-2-valid.txt", "--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1"]
-MADE_QUICK = {"sweep": QUICK, "baseline": QUICK, "tune": [*QUICK[:2], "--minutes", "0.02"], "plot": [], "report": []}
-"""What commands get beside what a page shows, so that they take seconds; the last of two equal options holds."""
+QUICK = ["--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1"]
+MADE_QUICK = {"sweep": QUICK, "baseline": QUICK, "tune": ["--minutes", "0.02"]}
+"""What commands get where a page leaves it open, so that they take seconds: of two equal options the last holds."""
 
 
-def shown_runs(path: Path) -> list[list[str]]:
-    """The arguments of the `knormpress` commands and the guide's scripts of a page, but for what compares commits."""
+class Shown(NamedTuple):
+    """A `knormpress` command of a page, and whether it is told to find modules in the current folder."""
+
+    arguments: list[str]
+    finds_modules: bool
+
+
+def shown_runs(path: Path) -> list[Shown]:
+    """The `knormpress` commands and the guide's scripts of a page, but for what compares commits."""
     found = []
-    for program, *words in (words for block in of(path, "bash") for words in commands(block.text)):
-        if program == "python" and words[0] in SCRIPTS:
-            words[0] = SCRIPTS[words[0]]
-        elif program != "knormpress":
-            continue
-        if words[0] != "compare":
-            found.append([*words, *MADE_QUICK[words[0]]])
+    for line in (line for block in of(path, "bash") for line in block.text.replace("\\\n", " ").splitlines()):
+        for arguments in filter(None, map(knormpress_arguments, commands(line))):
+            if arguments[0] != "compare":
+                found.append(Shown(arguments, "PYTHONPATH=. " in line))
     return found
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in PAGES if shown_runs(path) and path != GUIDE_CN], ids=lambda p: p.name
-)
-def test_commands_do_what_they_show(
+RUN = [path for path in PAGES if shown_runs(path) and path != GUIDE_CN]
+
+
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.name)
+def test_commands_of_knormpress_run(
     path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model, one after the other as on the page."""
-    save_text(folder / "wikitext-2-valid.txt", characters=20_000)
+    save_text(folder / "wikitext-2-valid.txt", characters=30_000)
     tiny = knormpress.models._Found(save_model(folder / "tiny", positions=8_192), "tiny", "fresh weights")
     monkeypatch.setattr(knormpress.models, "_default", lambda: tiny)
-    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(knormpress.corpora, "_online", lambda: False)
     for block in of(path, "python"):
         if module := re.match(r"# (\w+\.py)\n", block.text):
             (folder / module[1]).write_text(block.text, encoding="utf-8")
     if path.name == "your-own-method.md":  # it goes on from the README's sweep
         assert main(["sweep", *QUICK]) == 0
-    for words in shown_runs(path):
-        status = main(words)
-        assert status == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
+    try:
+        for (command, *given), finds_modules in shown_runs(path):
+            with monkeypatch.context() as patched:
+                if finds_modules:
+                    patched.syspath_prepend(folder)
+                status = main([command, *MADE_QUICK.get(command, []), *given])
+            assert status == 0, f"{command} {shlex.join(given)}: {capsys.readouterr().err}"
+    finally:
+        sys.modules.pop("my_module", None)
 
 
 def test_the_chinese_guide_shows_the_commands_of_the_readme() -> None:
