@@ -16,6 +16,7 @@ __all__ = ["documents_to_decide", "gate", "passkey_gate", "ppl_change"]
 
 _RESAMPLES = 2_000
 _BLOCK = 64
+_LARGEST_GAP = 700.0  # nats; exp() of a little more is no longer a float64
 
 
 Decision: TypeAlias = Literal["pass", "fail", "inconclusive"]
@@ -81,11 +82,16 @@ def ppl_change(documents: Sequence[DocumentScore]) -> Change:
     speaks of that document only.
     """
     gaps: list[Floats] = [np.subtract(document.candidate_nll, document.baseline_nll) for document in documents]
-    middle = percent(math.exp(float(np.concatenate(gaps).mean())))
+    middle = _rise(float(np.concatenate(gaps).mean()))
     if len(gaps) == 1 and len(gaps[0]) <= _BLOCK:
         return Change(middle, None, None)
     low, high = np.percentile(_resampled_means(gaps), (2.5, 97.5))
-    return spanning(middle, percent(math.exp(low)), percent(math.exp(high)))
+    return spanning(middle, _rise(low), _rise(high))
+
+
+def _rise(nats: float) -> float:
+    """A gap in nats a token as a change of perplexity in %, at most the largest that a float holds."""
+    return percent(math.exp(min(nats, _LARGEST_GAP)))
 
 
 def _resampled_means(gaps: list[Floats]) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,18 +85,21 @@ class StoredRun:
 
     def vanished(self, config: pytest.Config) -> list[Verdict]:
         """Tests of the last stored run that the paths of the command line cover and that are not there any more."""
-        if not self.collected:
+        # What --lf passes over, pytest tells nobody.
+        if not self.collected or config.getoption("lf", False):
             return []
         folders = [argument.partition("::")[0].removeprefix("./").rstrip("/") for argument in config.args]
         paths = [_from_root(config, folder) for folder in folders if "::" not in folder]
 
         ignored = [_from_root(config, str(path)) for path in config.getoption("ignore") or ()]
+        globs = [_from_root(config, glob) for glob in config.getoption("ignore_glob") or ()]
 
         def expected(test: str) -> bool:
             path = Path(test.partition("::")[0])
-            if any(place in (path, *path.parents) for place in ignored):
+            places = (path, *path.parents)
+            if any(place in ignored or any(fnmatch(str(place), str(glob)) for glob in globs) for place in places):
                 return False
-            return test not in self.deselected and any(place in (path, *path.parents) for place in paths)
+            return test not in self.deselected and any(place in places for place in paths)
 
         return self.history.vanished(self.name, sorted(self.collected), expected)
 

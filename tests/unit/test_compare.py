@@ -172,6 +172,11 @@ class TestQuality:
         assert low == pytest.approx(high)
         assert low <= change.percent <= high
 
+    def test_a_gap_that_no_float_holds_fails_the_gate(self) -> None:
+        change = ppl_change([document([1_000.0] * 128, number) for number in range(3)])
+        assert math.isfinite(change.percent)
+        assert gate(change, 5.0) == "fail"
+
     def test_the_spread_between_documents_counts(self) -> None:
         """Within each document nothing varies: a bootstrap over tokens alone would be sure to a hundredth."""
         change = ppl_change([document([level] * 128, n) for n, level in enumerate((0.0, 0.02, 0.08, 0.1))])

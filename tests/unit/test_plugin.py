@@ -364,7 +364,8 @@ def test_a_storage_that_is_no_folder_is_refused(run: Run):
     result.stderr.fnmatch_lines(["ERROR: entries can't be stored in */.benchmarks, which is no folder*"])
 
 
-def test_a_file_that_is_ignored_has_not_vanished(run: Run):
+@pytest.mark.parametrize("option", ["--ignore=test_other.py", "--ignore-glob=*_other.py"])
+def test_a_file_that_is_ignored_has_not_vanished(run: Run, option: str):
     Path("test_other.py").write_text(EXACT.partition("def test_quality")[0])
     run(EXACT, "--knorm-compare", ppl_tolerance="1e6").assert_outcomes(passed=3)
-    run(EXACT, "--knorm-compare", "--ignore=test_other.py", ppl_tolerance="1e6").stdout.fnmatch_lines(["2 ok"])
+    run(EXACT, "--knorm-compare", option, ppl_tolerance="1e6").stdout.fnmatch_lines(["2 ok"])
