@@ -279,12 +279,7 @@ def plot(
         for picture in draw_plan(read_plan(results), output or results.parent):
             typer.echo(picture)
         return
-    if not results.is_file():
-        raise KnormError(f"there are no results at {results}; make some with: knormpress sweep")
-    rows = [summarize(record) for record in read_records(results)]
-    if not rows:
-        raise KnormError(f"{results} is empty; make results with: knormpress sweep")
-    for picture in draw_all(rows, output or results.parent):
+    for picture in draw_all(map(summarize, read_records(results)), output or results.parent):
         typer.echo(picture)
 
 

@@ -261,7 +261,7 @@ def read_records(path: Path) -> Iterator[Record]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise KnormError(
-            f"no records can be read from {path} ({error.strerror}); measure first, or name another file"
+            f"no records can be read from {path} ({error.strerror}); measure first: knormpress sweep"
         ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():

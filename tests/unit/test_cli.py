@@ -159,7 +159,7 @@ def test_unknown_command_is_one_line(fails: Callable[..., str]) -> None:
 
 
 def test_results_that_are_not_there_are_one_line(fails: Callable[..., str]) -> None:
-    assert "there are no results at results/results.jsonl; make some with: knormpress sweep" in fails("plot")
+    assert "no records can be read from results/results.jsonl (No such file" in fails("plot")
 
 
 def test_results_cut_in_half_are_one_line_and_stay(
