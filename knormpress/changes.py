@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from scipy.stats import binomtest
@@ -12,11 +12,13 @@ from scipy.stats import binomtest
 from knormpress.intervals import SEED, Change, Floats, percent, spanning
 from knormpress.records import DocumentScore
 
-__all__ = ["documents_to_decide", "gate", "passkey_gate", "ppl_change"]
+__all__ = ["LARGEST_NATS", "documents_to_decide", "gate", "passkey_gate", "ppl_change"]
+
+LARGEST_NATS: Final = 700.0
+"""exp() of a little more is no longer a float64."""
 
 _RESAMPLES = 2_000
 _BLOCK = 64
-_LARGEST_GAP = 700.0  # nats; exp() of a little more is no longer a float64
 
 
 Decision: TypeAlias = Literal["pass", "fail", "inconclusive"]
@@ -91,7 +93,7 @@ def ppl_change(documents: Sequence[DocumentScore]) -> Change:
 
 def _rise(nats: float) -> float:
     """A gap in nats a token as a change of perplexity in %, at most the largest that a float holds."""
-    return percent(math.exp(min(nats, _LARGEST_GAP)))
+    return percent(math.exp(min(nats, LARGEST_NATS)))
 
 
 def _resampled_means(gaps: list[Floats]) -> Floats:

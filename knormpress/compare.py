@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from knormpress.changes import ppl_change
+from knormpress.changes import LARGEST_NATS, ppl_change
 from knormpress.errors import KnormError
 from knormpress.intervals import Change, percent, ratio_change
 from knormpress.records import Latency, Record, Run
@@ -29,8 +29,6 @@ __all__ = [
     "setting",
     "summarize",
 ]
-
-_LARGEST_NLL = 700.0  # nats; exp() of a little more is no longer a float64
 
 _CLAIMS = {0.9: (-87, -8), 0.8: (-89, -9), 0.7: (-90, -9)}  # keep ratio: TTFT and throughput in %; PPL is +-0 % at each
 _WHY_THROUGHPUT = "throughput: the guide reports a loss of 8 to 9 %; measured here, tokens come more slowly than that."
@@ -315,12 +313,12 @@ def _check_scores(record: Record) -> None:
                 f"{where} has {len(before)} baseline and {len(after)} candidate tokens; "
                 "wanted the same tokens scored through both caches: measure it again"
             )
-        unusable = [nll for nll in (*before, *after) if not abs(nll) <= _LARGEST_NLL]
+        unusable = [nll for nll in (*before, *after) if not abs(nll) <= LARGEST_NATS]
         unusable += [figure for figure in (document.kl, document.top1_agreement) if not math.isfinite(figure)]
         if unusable:
             raise KnormError(
                 f"{where} has a score of {unusable[0]}; wanted finite values, and negative log-likelihoods of at most "
-                f"{_LARGEST_NLL:g} nats: try a wider dtype such as float32"
+                f"{LARGEST_NATS:g} nats: try a wider dtype such as float32"
             )
 
 

@@ -364,6 +364,17 @@ def test_a_storage_that_is_no_folder_is_refused(run: Run):
     result.stderr.fnmatch_lines(["ERROR: entries can't be stored in */.benchmarks, which is no folder*"])
 
 
+def test_what_lf_passes_over_has_not_vanished(run: Run):
+    Path("test_other.py").write_text(EXACT.partition("def test_quality")[0])
+    fails_when_told = EXACT + "\n\ndef test_fails():\n    assert not __import__('os').getenv('FAIL')\n"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FAIL", "1")
+        run(fails_when_told, "-p", "cacheprovider", "--knorm-compare", ppl_tolerance="1e6")
+    last = run(fails_when_told, "-p", "cacheprovider", "--lf", "--knorm-compare", ppl_tolerance="1e6")
+    last.assert_outcomes(passed=1)
+    last.stdout.no_fnmatch_line("*missing*")
+
+
 @pytest.mark.parametrize("option", ["--ignore=test_other.py", "--ignore-glob=*_other.py"])
 def test_a_file_that_is_ignored_has_not_vanished(run: Run, option: str):
     Path("test_other.py").write_text(EXACT.partition("def test_quality")[0])
