@@ -105,8 +105,8 @@ def test_decoding_under_a_plan(model, full, in_turn, target, pytestconfig, long,
         other.prefill_from(full)
         whole = other.nbytes
     name = "DynamicCache" if against == 1.0 else f"keep {against}"
-    share = Change((tuned.nbytes / whole - 1) * 100, None, None)
-    target(f"cache bytes at {long:,} tokens, the plan", name, share, reach=1.0, worst=1.0)
+    part = Change((tuned.nbytes / whole - 1) * 100, None, None)
+    target(f"cache bytes at {long:,} tokens, the plan", name, part, reach=1.0, worst=1.0)
     change = in_turn(decoding(model, other), decoding(model, tuned), rounds=steps)
     target(f"TPOT at {long:,} tokens, the plan", name, change, reach=1.0, worst=1.2)
 
@@ -172,8 +172,8 @@ def test_prefill_in_chunks(model, ids, full, benchmark, target, long, thorough):
         change = ratio_change(times[1.0], times[keep])
         target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
         kept = sum(KnormPress(keep).ratios(config.num_hidden_layers)) / config.num_hidden_layers
-        share, allowed = peaks[keep] / whole, kept + CHUNK / long + 0.03
-        change = Change((share - 1) * 100, None, None)
+        part, allowed = peaks[keep] / whole, kept + CHUNK / long + 0.03
+        change = Change((part - 1) * 100, None, None)
         target(f"cache bytes after a chunk, at most, keep {keep}", "full cache", change, reach=allowed, worst=allowed)
 
 
@@ -215,14 +215,14 @@ def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, tar
         sound(self)
         spent.append(time.perf_counter() - start)
 
-    prefill(model, ids[:, : min(2_048, ids.shape[-1])], cache)
+    prefill(model, ids[:, :2_048], cache)
     step = decoding(model, cache)
     monkeypatch.setattr(KnormLayer, "_prune", timed)
     start = time.perf_counter()
     tokens = 64 if quick else 2_000 if thorough else 192
     benchmark.pedantic(step, rounds=tokens)
-    share = sum(spent) / (time.perf_counter() - start)
-    change = Change((share - 1) * 100, None, None)
+    part = sum(spent) / (time.perf_counter() - start)
+    change = Change((part - 1) * 100, None, None)
     target(f"pruning in a decode of {tokens:,} tokens, keep 0.5", "the whole decode", change, reach=0.02, worst=0.10)
 
 
