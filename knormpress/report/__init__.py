@@ -116,7 +116,7 @@ def build_sections(
         Section("plans", "A ratio per layer", plan_parts),
         Section("charts", "Charts", charts),
         Section("history", "History over commits", history_blocks),
-        Section("controls", "Controls", tuple(words.control_blocks(rows)) if rows else ()),
+        Section("controls", "Controls", tuple(words.control_blocks(found, rows)) if rows else ()),
         Section("environment", "Environment", tuple(environment_blocks(rows)) if rows else ()),
         Section("definitions", "What the numbers mean", (words.DEFINITIONS,)),
         Section("numbers", "Raw numbers", tuple(downloads(records, rows, history))),

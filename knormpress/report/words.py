@@ -179,11 +179,14 @@ def _figure_row(row: Row) -> tuple[Cell, ...]:
     )
 
 
-def control_blocks(rows: Sequence[Row]) -> Iterator[Block]:
-    """Whether the controls did what they must: keep 1.0 loses nothing, worse methods are seen to be worse."""
-    findings = [finding for row in rows for finding in _control(row, rows)]
-    if findings:
-        yield Findings(tuple(findings))
+def control_blocks(found: Sequence[Family], rows: Sequence[Row]) -> Iterator[Block]:
+    """Whether each family's controls did what they must: keep 1.0 loses nothing, worse methods are seen to be worse."""
+    for family in found:
+        findings = [finding for group in family.groups for row in group for finding in _control(row, rows)]
+        if findings and family.title:
+            yield Heading(f"With {family.title}")
+        if findings:
+            yield Findings(tuple(findings))
     if not any(is_control(row) for row in rows):
         yield Words(
             "No control was measured beside the method. Measure one at the same keep ratios, for example with: "

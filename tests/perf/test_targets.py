@@ -38,9 +38,9 @@ def long(quick):
 
 
 @pytest.fixture(scope="module")
-def steps(quick):
+def steps(quick, thorough):
     """Decoded tokens that are timed."""
-    return 6 if quick else 24
+    return 6 if quick else 96 if thorough else 24
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_one_prune(full, in_turn, target, long, keep):
             layer._prune()
             assert layer.stored == count
 
-    change = in_turn(move_only, prune, rounds=7)
+    change = in_turn(move_only, prune, rounds=25)
     target(
         f"one prune of every layer at {long:,} tokens, keep {keep}", "moving the bytes", change, reach=2.0, worst=8.0
     )

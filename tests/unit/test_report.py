@@ -20,7 +20,7 @@ from knormpress.records import Record, append_record, read_records
 from knormpress.report import build_sections, render_page, write_report
 from knormpress.report.charts import inline_svg, is_large
 from knormpress.report.markdown import render_markdown
-from knormpress.report.parts import Chart, Charts, Findings, Section, Table, Words
+from knormpress.report.parts import Chart, Charts, Findings, Heading, Section, Table, Words
 from knormpress.report.settings import families
 from tests.entry_factory import make_entry
 from tests.plan_factory import make_plan
@@ -166,6 +166,13 @@ def test_broken_controls_are_called_broken() -> None:
         documents = tuple(score.model_copy(update={"kl": kl}) for score in record.quality.documents)
         changed = record.model_copy(update={"quality": record.quality.model_copy(update={"documents": documents})})
         assert f"- **{word}**:" in texts(build_sections([changed], NOTHING), "controls")
+
+
+def test_controls_of_several_prompt_lengths_are_told_apart() -> None:
+    records = [make_record(1.0, prompt_tokens=tokens) for tokens in (512, 2048)]
+    (section,) = [section for section in build_sections(records, NOTHING) if section.identifier == "controls"]
+    kinds = [block.text if isinstance(block, Heading) else type(block) for block in section.blocks[:4]]
+    assert kinds == ["With prompt tokens 512, context tokens 512", Findings, "With prompt tokens 2,048, context tokens 2,048", Findings]
 
 
 def test_a_control_that_was_not_measured_is_missed() -> None:
