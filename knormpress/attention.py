@@ -31,7 +31,7 @@ PLAIN = "knorm_plain"
 _PIECE = 2_048
 
 # What an attention module may ask for that the functions below don't compute.
-_EXTRAS = ("softcap", "s_aux", "position_bias", "cache", "sliding_window", "output_attentions")
+_EXTRAS = frozenset({"softcap", "s_aux", "position_bias", "cache", "sliding_window", "output_attentions"})
 
 
 def split_attention(query: Tensor, key: Tensor, value: Tensor, pieces: int, scale: float | None = None) -> Tensor:
@@ -49,19 +49,18 @@ def split_attention(query: Tensor, key: Tensor, value: Tensor, pieces: int, scal
     batch, heads, tokens, size = key.shape
     packed = query.reshape(batch, heads, -1, size)
     length = tokens // pieces
-    outs, sums = [], []
-    # A remainder of fewer than `pieces` tokens is a part of its own.
-    for start, parts, end in ((0, pieces, pieces * length), (pieces * length, 1, tokens)):
-        if start == end:
-            continue
-        own_key, own_value = (
-            states[:, :, start:end].unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1) for states in (key, value)
-        )
-        out, lse = _flash(packed.repeat_interleave(parts, dim=0), own_key, own_value, scale, causal=False)
-        outs.append(out.unflatten(0, (batch, parts)))
-        sums.append(lse.unflatten(0, (batch, parts)))
-    weights = torch.cat(sums, dim=1).softmax(dim=1)[..., None]
-    return (torch.cat(outs, dim=1) * weights).sum(dim=1).reshape(query.shape)
+    end = pieces * length
+
+    repeated = packed[:, None].expand(-1, pieces, -1, -1, -1).flatten(0, 1)
+    own_key, own_value = (
+        states[:, :, :end].unflatten(2, (pieces, length)).transpose(1, 2).flatten(0, 1) for states in (key, value)
+    )
+    out, lse = _flash(repeated, own_key, own_value, scale, causal=False)
+    out, lse = out.unflatten(0, (batch, pieces)), lse.unflatten(0, (batch, pieces))
+    if end < tokens:  # what fewer tokens than there are pieces leave over is a piece of its own
+        rest, rest_lse = _flash(packed, key[:, :, end:], value[:, :, end:], scale, causal=False)
+        out, lse = torch.cat([out, rest[:, None]], dim=1), torch.cat([lse, rest_lse[:, None]], dim=1)
+    return (out * lse.softmax(dim=1)[..., None]).sum(dim=1).reshape(query.shape)
 
 
 def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -108,7 +107,7 @@ def _covers(query: Tensor, key: Tensor, value: Tensor, dropout: float, extras: d
         and query.shape[-1] == key.shape[-1] == value.shape[-1]
         and not dropout
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        and all(extras.get(name) is None or extras[name] is False for name in _EXTRAS)
+        and all(extras[name] is None or extras[name] is False for name in _EXTRAS & extras.keys())
     )
 
 

@@ -26,8 +26,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from knormpress.errors import KnormError
+from knormpress.fingerprints import folder_fingerprint
 from knormpress.hub import hub_reachable
-from knormpress.weights import fingerprint, weight_files
+from knormpress.weights import weight_files
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -64,7 +65,7 @@ class LoadedModel:
         tokenizer: its tokenizer.
         name: what it is called.
         source: the place its weights were read from, in words.
-        fingerprint: see ``weights.fingerprint``.
+        fingerprint: see ``fingerprints.folder_fingerprint``.
         dtype: the type it computes in, such as ``"float32"``.
         parameters: the number of weights, shared ones counted once.
     """
@@ -153,7 +154,7 @@ def load_model(
         tokenizer=tokenizer,
         name=found.name,
         source=found.source,
-        fingerprint=fingerprint(found.folder),
+        fingerprint=folder_fingerprint(found.folder),
         dtype=dtype,
         parameters=sum(weight.numel() for weight in model.parameters()),
     )

@@ -69,7 +69,7 @@ class Plan:
 
     Args:
         press: the policy.
-        model: ``name``, ``dtype`` and ``fingerprint`` (see ``saving.fingerprint``) of the model.
+        model: ``name``, ``dtype`` and ``fingerprint`` (see ``fingerprints.model_fingerprint``) of the model.
         targets: what was asked for: ``ppl`` in %, ``passkey`` as a share, or None.
         calibration, held_out: text, documents and passkeys that the search saw, and those that ``frontier`` was
             measured on: of ``cut_into`` documents those of the given ``numbers``.

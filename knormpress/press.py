@@ -87,11 +87,11 @@ class KnormPress:
         Raises:
             KnormError: there is no plan at ``path``, or it is for another model.
         """
+        from knormpress.fingerprints import model_fingerprint
         from knormpress.plan import read_plan
-        from knormpress.saving import fingerprint
 
         plan = read_plan(path)
-        plan.expect(fingerprint(model), str(path))
+        plan.expect(model_fingerprint(model), str(path))
         return plan.press
 
     def ratios(self, layers: int) -> tuple[float, ...]:

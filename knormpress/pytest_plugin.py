@@ -77,10 +77,10 @@ def knorm_bench(knorm_device: str, request: pytest.FixtureRequest) -> Bench:
     bench = _bench(knorm_device, setting(request.config, "model"), setting(request.config, "corpus"))
     plan = setting(request.config, "plan")
     if plan:
+        from knormpress.fingerprints import model_fingerprint
         from knormpress.plan import read_plan
-        from knormpress.saving import fingerprint
 
-        read_plan(plan).expect(fingerprint(bench.model), plan)
+        read_plan(plan).expect(model_fingerprint(bench.model), plan)
     return bench
 
 

@@ -22,6 +22,7 @@ from knormpress.bench import Bench
 from knormpress.corpora import load_corpus
 from knormpress.devices import resolve
 from knormpress.errors import KnormError
+from knormpress.fingerprints import model_fingerprint
 from knormpress.methods import make_method
 from knormpress.plan import Plan
 from knormpress.press import KnormPress
@@ -37,7 +38,6 @@ from knormpress.records import (
     append_record,
     read_records,
 )
-from knormpress.saving import fingerprint
 
 __all__ = ["SweepSettings", "run"]
 
@@ -262,7 +262,7 @@ def _ratio(press: KnormPress) -> str:
 
 def _check_presses(settings: SweepSettings, bench: Bench) -> None:
     if settings.plan is not None:
-        settings.plan.expect(fingerprint(bench.model), "--plan")
+        settings.plan.expect(model_fingerprint(bench.model), "--plan")
     for press in settings.presses:
         if press.drops and min(press.ratios(bench.layers)) == 1.0:
             raise KnormError(

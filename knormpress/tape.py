@@ -24,7 +24,7 @@ class Tape:
     def view(self) -> Tensor:
         """The slots in use: (B, H, length, ...), a view of the storage."""
         assert self._store is not None
-        return self._store[:, :, : self.length]
+        return self._store.narrow(2, 0, self.length)
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +52,7 @@ class Tape:
         if length + new > self._store.shape[2] or not self._is_ours or self._is_read_only():
             self._grow(length + new + max(64, length // 64))
         self.length = length + new
-        self._store[:, :, length : self.length] = states
+        self._store.narrow(2, length, new).copy_(states)
         return self.view
 
     def truncate(self, length: int) -> Tensor:
@@ -79,7 +79,7 @@ class Tape:
             self._store = torch.empty(
                 (*view.shape[:2], capacity, *view.shape[3:]), dtype=view.dtype, device=view.device
             )
-        self._store[:, :, : self.length] = view
+        self.view.copy_(view)
         self._is_ours = True
 
     def _is_read_only(self) -> bool:

@@ -7,6 +7,8 @@ again, around the best plan. What the search saw is no measure of the plan: that
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +24,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from knormpress import __version__
 from knormpress.bench import Bench
 from knormpress.errors import KnormError
+from knormpress.fingerprints import model_fingerprint
 from knormpress.held_out import Tried, kept_tokens, mean_keep, measure_unseen
 from knormpress.plan import Plan, Sensitivities, write_plan
 from knormpress.press import KnormPress
 from knormpress.probes import Damage, Notes, Probes
 from knormpress.progress import Progress, ticking
-from knormpress.saving import fingerprint
 from knormpress.search import Curve, least_keep, plan_at
 
 __all__ = ["Targets", "tune"]
@@ -135,13 +137,11 @@ def tune(
     if targets.passkey is not None:
         bench.passkeys(count=HELD_OUT_PASSKEYS, which="held-out")  # what is too long for the model is told now
         prompts = bench.passkeys(count=CALIBRATION_PASSKEYS, which="calibration")
-    model = fingerprint(bench.model)
+    model = model_fingerprint(bench.model)
     identity = {
         "model": model,
-        "text": bench.text_info.sha256,
+        "tokens": _hash_of([*seen, *(part for prompt in prompts for part in (prompt.text, prompt.fed))]),
         "context": context,
-        "documents": len(seen),
-        "passkeys": len(prompts),
         "knormpress": __version__,
     }
     notes = Notes(path.with_name(f"{path.name}.search.jsonl"), identity, fresh=fresh)
@@ -340,6 +340,11 @@ def _split(bench: Bench, context: int) -> tuple[list[Tensor], list[Tensor]]:
     texts = bench.documents(length=context + SCORED + 1, count=_CUT)
     short = context + CALIBRATION_SCORED + 1
     return [texts[i][:, :short] for i in _SEEN], [texts[i] for i in _UNSEEN]
+
+
+def _hash_of(texts: Sequence[Tensor]) -> str:
+    """SHA-256 of token ids, so that another text is told, and another tokenizer too."""
+    return hashlib.sha256(json.dumps([ids.tolist() for ids in texts]).encode()).hexdigest()
 
 
 def _text_of(bench: Bench, context: int, scored: int, numbers: tuple[int, ...], passkeys: int) -> dict[str, object]:

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from knormpress import KnormCache, KnormPress
+from knormpress.fingerprints import model_fingerprint
 from knormpress.plan import Plan, write_plan
-from knormpress.saving import fingerprint
 from tests.tiny_folder import save_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -181,7 +181,7 @@ def test_questions_on_a_saved_document_need_it_no_more(
 def test_a_plan_is_followed(name: str, model: Any, example: Example, tmp_path: Path) -> None:
     plan, save = tmp_path / "plan.json", tmp_path / "cache"
     press = KnormPress(layer_keep_ratios=(1.0, 0.5, 0.25))
-    facts = {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint(model)}
+    facts = {"name": "tiny", "dtype": "float32", "fingerprint": model_fingerprint(model)}
     write_plan(Plan(press, facts, {"ppl": 5.0, "passkey": None}, {}, {}), plan)
     (tmp_path / "text").write_text("x" * 94)
     if name == "chat":

@@ -20,6 +20,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel
 
 from knormpress import KnormError, models
+from knormpress.fingerprints import folder_fingerprint
 from knormpress.models import (
     DEFAULT_MODEL,
     DTYPES,
@@ -28,7 +29,6 @@ from knormpress.models import (
     describe_sources,
     load_model,
 )
-from knormpress.weights import fingerprint
 from tests.tiny_folder import save_model
 
 CPU = torch.device("cpu")
@@ -413,35 +413,35 @@ class TestFingerprint:
             for dtype in DTYPES
             for attention in ("eager", "sdpa")
         }
-        assert prints == {fingerprint(folder)}
-        assert len(fingerprint(folder)) == 16
+        assert prints == {folder_fingerprint(folder)}
+        assert len(folder_fingerprint(folder)) == 16
 
     def test_it_does_not_see_how_the_weights_are_spread_over_files(self, folder: Path, tmp_path: Path) -> None:
         load(str(folder)).model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
         assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-        assert fingerprint(tmp_path / "shards") == fingerprint(folder)
+        assert folder_fingerprint(tmp_path / "shards") == folder_fingerprint(folder)
 
     def test_it_sees_a_single_weight_of_a_small_tensor(self, folder: Path) -> None:
-        before = fingerprint(folder)
+        before = folder_fingerprint(folder)
         weights = load_file(folder / "model.safetensors")
         weights["model.norm.weight"][-1] += 1e-3
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        assert fingerprint(folder) != before
+        assert folder_fingerprint(folder) != before
 
     @pytest.mark.parametrize("where", [0, -1])
     def test_it_sees_both_ends_of_a_large_tensor(self, folder: Path, where: int) -> None:
         tensor = torch.zeros(300_001)
         save_file({"large": tensor}, folder / "model.safetensors")
-        before = fingerprint(folder)
+        before = folder_fingerprint(folder)
         tensor[where] = 1
         save_file({"large": tensor}, folder / "model.safetensors")
-        assert fingerprint(folder) != before
+        assert folder_fingerprint(folder) != before
 
     def test_it_sees_the_type_that_the_weights_are_stored_in(self, folder: Path) -> None:
-        before = fingerprint(folder)
+        before = folder_fingerprint(folder)
         weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        assert fingerprint(folder) != before
+        assert folder_fingerprint(folder) != before
 
     @pytest.mark.parametrize(
         ("change", "seen"),
@@ -455,13 +455,13 @@ class TestFingerprint:
     def test_it_sees_the_configuration_but_not_who_wrote_it(
         self, folder: Path, change: dict[str, object], seen: bool
     ) -> None:
-        before = fingerprint(folder)
+        before = folder_fingerprint(folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | change))
-        assert (fingerprint(folder) != before) == seen
+        assert (folder_fingerprint(folder) != before) == seen
 
     def test_a_folder_without_a_model_has_none(self, tmp_path: Path) -> None:
-        assert "holds no whole model" in said(lambda: fingerprint(tmp_path))
+        assert "holds no whole model" in said(lambda: folder_fingerprint(tmp_path))
 
 
 def test_the_cache_folder_is_the_users_own_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

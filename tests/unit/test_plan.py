@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from knormpress.errors import KnormError
+from knormpress.fingerprints import model_fingerprint
 from knormpress.plan import KeptTokens, Plan, Point, Sensitivities, read_plan, write_plan
 from knormpress.press import KnormPress
-from knormpress.saving import fingerprint
 from tests.strategies import tiny_model
 
 PRESS = KnormPress(layer_keep_ratios=(1.0, 0.25, 0.5), keep_recent=32)
@@ -43,7 +43,7 @@ def test_an_unfinished_plan_can_be_read(tmp_path):
 def test_the_press_of_a_plan_for_its_model_only(tmp_path):
     model, other = tiny_model("llama"), tiny_model("qwen3")
     path = tmp_path / "plan.json"
-    write_plan(replace(PLAN, model=PLAN.model | {"fingerprint": fingerprint(model)}), path)
+    write_plan(replace(PLAN, model=PLAN.model | {"fingerprint": model_fingerprint(model)}), path)
     assert KnormPress.from_plan(path, model) == PRESS
     with pytest.raises(KnormError, match=r"plan\.json is a plan for tiny in float32 .* not for this model"):
         KnormPress.from_plan(path, other)

@@ -259,13 +259,13 @@ def test_the_readmes_tests_run_as_shown(run: Run) -> None:
 
 
 def plan_file(model_folder, path, layers=(1.0, 0.5, 0.25)):
+    from knormpress.fingerprints import model_fingerprint
     from knormpress.models import load_model
     from knormpress.plan import Plan, write_plan
     from knormpress.press import KnormPress
-    from knormpress.saving import fingerprint
 
     model = load_model(str(model_folder), device=torch.device("cpu")).model
-    named = {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint(model)}
+    named = {"name": "tiny", "dtype": "float32", "fingerprint": model_fingerprint(model)}
     press = KnormPress(layer_keep_ratios=layers, prune_after=16)
     write_plan(Plan(press, named, {"ppl": 5.0, "passkey": None}, {}, {}), path)
     return path

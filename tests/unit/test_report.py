@@ -172,7 +172,12 @@ def test_controls_of_several_prompt_lengths_are_told_apart() -> None:
     records = [make_record(1.0, prompt_tokens=tokens) for tokens in (512, 2048)]
     (section,) = [section for section in build_sections(records, NOTHING) if section.identifier == "controls"]
     kinds = [block.text if isinstance(block, Heading) else type(block) for block in section.blocks[:4]]
-    assert kinds == ["With prompt tokens 512, context tokens 512", Findings, "With prompt tokens 2,048, context tokens 2,048", Findings]
+    assert kinds == [
+        "With prompt tokens 512, context tokens 512",
+        Findings,
+        "With prompt tokens 2,048, context tokens 2,048",
+        Findings,
+    ]
 
 
 def test_a_control_that_was_not_measured_is_missed() -> None:

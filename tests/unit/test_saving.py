@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from knormpress import KnormCache, KnormError, KnormPress
+from knormpress.fingerprints import _spread, model_fingerprint
 from knormpress.methods import highest_norm
-from knormpress.saving import FORMAT, _spread, fingerprint
+from knormpress.saving import FORMAT
 from tests.strategies import VOCABULARY, tiny_model
 
 PRESS = KnormPress(0.5, prune_after=8, skip_layers=(0,), prune_interval=4)
@@ -108,8 +109,8 @@ def test_a_path_that_can_not_be_written_leaves_nothing(tmp_path):
 
 def test_the_fingerprint_sees_weights_and_configuration():
     model = tiny_model()
-    assert fingerprint(model) == fingerprint(tiny_model(attention="eager"))
-    assert len({fingerprint(m) for m in (model, tiny_model(seed=1), tiny_model("qwen2"))}) == 3
+    assert model_fingerprint(model) == model_fingerprint(tiny_model(attention="eager"))
+    assert len({model_fingerprint(m) for m in (model, tiny_model(seed=1), tiny_model("qwen2"))}) == 3
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 63, 64, 65, 1000, 28_311_552, 2**31 + 7])

@@ -139,10 +139,13 @@ def test_stopped_it_goes_on_where_it_was(tuned, bench, tmp_path, monkeypatch, co
     assert len(counted) == everything + before
 
 
-def test_what_was_measured_of_another_text_is_not_believed(tuned, bench, folder, tmp_path, counted):
+@pytest.mark.parametrize("what", ["text", "tokenizer"])
+def test_what_was_measured_of_other_tokens_is_not_believed(tuned, bench, folder, tmp_path, counted, what):
     _, path = tuned
-    save_text(tmp_path / "other.txt", characters=14_000, seed=5)
-    other = Bench.open(str(folder), load_corpus(str(tmp_path / "other.txt")), device=CPU, dtype="float32")
+    other = replace(bench, ids=bench.ids.flip(0))
+    if what == "text":
+        save_text(tmp_path / "other.txt", characters=14_000, seed=5)
+        other = Bench.open(str(folder), load_corpus(str(tmp_path / "other.txt")), device=CPU, dtype="float32")
     copied = tmp_path / "plan.json"
     for suffix in ("", ".search.jsonl"):
         copied.with_name(f"plan.json{suffix}").write_bytes(path.with_name(f"plan.json{suffix}").read_bytes())
