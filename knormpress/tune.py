@@ -210,6 +210,7 @@ class _Search:
 
     def run(self) -> None:
         """Find the plans; raises where none is within the targets."""
+        whole_round = False
         with suppress(_TimeIsUp):
             self._measure_layers()
             for weight in _WEIGHTS if self.with_keys else (0.0,):
@@ -219,6 +220,7 @@ class _Search:
                     self._find(weight, self.plan.press, alone=name)
             for recent in _OTHER_RECENT:
                 self._find(self.weight, replace(self.plan.press, keep_recent=recent))
+            whole_round = True
             while self._refine():
                 pass
         if self.plan.mean_keep == 1.0:
@@ -226,6 +228,10 @@ class _Search:
                 "no plan within the targets was found"
                 + (" in the time" if time.perf_counter() > self.end else "")
                 + "; allow more by --target-ppl or --target-passkey, or give it more --minutes"
+            )
+        if not whole_round:
+            self.progress.say(
+                "the time was up before all was tried once: run again, it goes on, or give it more --minutes"
             )
 
     def curves(self, weight: float) -> list[Curve]:

@@ -23,7 +23,7 @@ from knormpress.press import KnormPress
 from knormpress.probes import Damage, Notes, Probes
 from knormpress.progress import Progress
 from knormpress.records import read_records
-from knormpress.tune import Targets, tune
+from knormpress.tune import Targets, _TimeIsUp, tune
 from tests.strategies import tiny_model
 from tests.tiny_folder import save_model, save_text
 
@@ -110,6 +110,7 @@ def test_the_same_call_measures_nothing_twice(tuned, bench, counted):
     assert not counted
     assert replace(again, made={}) == replace(plan, made={})
     assert any("going on" in line for line in told.lines)
+    assert not any("time was up" in line for line in told.lines)
 
 
 def test_stopped_it_goes_on_where_it_was(tuned, bench, tmp_path, monkeypatch, counted):
@@ -137,6 +138,21 @@ def test_stopped_it_goes_on_where_it_was(tuned, bench, tmp_path, monkeypatch, co
     counted.clear()
     tune(bench, LOOSE, path, context=CONTEXT, minutes=5.0, fresh=True)
     assert len(counted) == everything + before
+
+
+def test_a_search_that_was_cut_short_says_so(bench, tmp_path, monkeypatch):
+    path, sound = tmp_path / "plan.json", Probes._measure
+
+    def until_a_plan_is_found(self, press, steer):
+        if path.exists():
+            raise _TimeIsUp
+        return sound(self, press, steer)
+
+    monkeypatch.setattr(Probes, "_measure", until_a_plan_is_found)
+    told = Counting()
+    plan = tune(bench, LOOSE, path, context=CONTEXT, minutes=5.0, progress=told)
+    assert min(plan.press.ratios(bench.layers)) < 1.0
+    assert any("time was up" in line for line in told.lines)
 
 
 @pytest.mark.parametrize("what", ["text", "tokenizer"])
