@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config, set_seed
 
+import knormpress.tune
 from knormpress import bench as benches
 from knormpress.bench import Bench
 from knormpress.cli import main
@@ -155,10 +156,14 @@ def test_a_search_that_was_cut_short_says_so(bench, tmp_path, monkeypatch):
     assert any("time was up" in line for line in told.lines)
 
 
-@pytest.mark.parametrize("what", ["text", "tokenizer"])
-def test_what_was_measured_of_other_tokens_is_not_believed(tuned, bench, folder, tmp_path, counted, what):
+@pytest.mark.parametrize("what", ["text", "documents", "passkeys"])
+def test_what_was_measured_of_other_tokens_is_not_believed(tuned, bench, folder, tmp_path, counted, monkeypatch, what):
     _, path = tuned
-    other = replace(bench, ids=bench.ids.flip(0))
+    other = bench
+    if what == "documents":
+        other = replace(bench, ids=bench.ids.flip(0))
+    if what == "passkeys":
+        monkeypatch.setattr(knormpress.tune, "CALIBRATION_PASSKEYS", 11)
     if what == "text":
         save_text(tmp_path / "other.txt", characters=14_000, seed=5)
         other = Bench.open(str(folder), load_corpus(str(tmp_path / "other.txt")), device=CPU, dtype="float32")
