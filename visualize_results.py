@@ -2,7 +2,7 @@
 
 import sys
 
-from knormpress.cli import main
+from knormpress.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main(["plot", "--output", ".", *sys.argv[1:]]))

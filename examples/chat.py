@@ -17,9 +17,9 @@ import torch
 from transformers import TextStreamer
 
 from knormpress import KnormCache, KnormError, KnormPress
-from knormpress.devices import resolve
-from knormpress.layer import KnormLayer
-from knormpress.models import load_model
+from knormpress.cache.layer import KnormLayer
+from knormpress.workload.devices import resolve
+from knormpress.workload.models import load_model
 
 # Stands for the replies so far when a later turn is put into the template: the cache holds them already.
 REPLY = "<<reply>>"

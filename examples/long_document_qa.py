@@ -18,9 +18,9 @@ import torch
 from transformers import TextStreamer
 
 from knormpress import KnormCache, KnormError, KnormPress
-from knormpress.devices import resolve
-from knormpress.metrics import prefill
-from knormpress.models import load_model
+from knormpress.measure.prefill import prefill
+from knormpress.workload.devices import resolve
+from knormpress.workload.models import load_model
 
 # Where the document ends and a question begins in the template's text.
 SEAM = "<<question>>"

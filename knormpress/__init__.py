@@ -6,20 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from knormpress.errors import KnormError
-from knormpress.press import KnormPress
+from knormpress.methods.knorm import KnormPress
 
 if TYPE_CHECKING:
-    from knormpress.cache import KnormCache, LayerStats
+    from knormpress.cache.cache import KnormCache
+    from knormpress.cache.layer import LayerStats
 
 __all__ = ["KnormCache", "KnormError", "KnormPress", "LayerStats", "__version__"]
 
 __version__ = "0.1.0"
 
-_LAZY = {"KnormCache": "knormpress.cache", "LayerStats": "knormpress.cache"}
+_LAZY = {"KnormCache": "knormpress.cache.cache", "LayerStats": "knormpress.cache.layer"}
 
 
 def __getattr__(name: str) -> Any:
-    # transformers takes seconds to import; `knormpress --help` and the policy do without it.
+    # Importing transformers takes seconds; `knormpress --help` and the policy don't need it.
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The one error class for problems that the user can fix."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ __all__ = ["KnormError"]
 
 
 class KnormError(ValueError):
-    """Input or environment that KnormPress can't work with.
+    """The input or the environment is one that KnormPress can't work with.
 
-    The message is one line: what was got, what was wanted, what to do. The command line prints it without a traceback
-    and exits with status 2; in a library call it is an ordinary ``ValueError``.
+    The message is one line: what was given, what was wanted, what to do. The command line prints it without a traceback
+    and exits with status 2. In a library call it is an ordinary ``ValueError``.
     """

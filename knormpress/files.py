@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files atomically: a file is never left half written."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a place beside ``path`` to write to, which is renamed over ``path`` at the end.
+    """Yield a temporary path beside ``path`` to write to; it is renamed to ``path`` at the end.
 
-    A kill at any moment leaves what was at ``path``, or the whole of what comes in its place; after an error the former
-    stands, and nothing is left beside it.
+    If the process is killed, ``path`` holds either the old file or the complete new one. After an error it holds the
+    old file, and the temporary file is removed.
 
     Raises:
         OSError: ``path`` can't be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield beside
-        beside.replace(path)
+        yield temporary
+        temporary.replace(path)
     finally:
-        with suppress(OSError):  # what went wrong before is to be told, and not that there is nothing to remove
-            beside.unlink()
+        with suppress(OSError):  # report the first error, not that there is no temporary file to remove
+            temporary.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from knormpress.records import Entry
+from knormpress.records.schema import Entry
 from tests.record_factory import make_record
 
 COMMIT = "a" * 40

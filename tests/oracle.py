@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from knormpress.cache import KnormCache
-from knormpress.layer import KnormLayer
+from knormpress.cache.cache import KnormCache
+from knormpress.cache.layer import KnormLayer
 from tests.strategies import kv_heads
 
 
@@ -107,3 +107,13 @@ def assert_equal_to_masking(
     worst = (trace.logits - expected)[real].abs().max()
     assert worst <= tolerance, f"logits differ by {worst:.3g}; passes of {list(sizes)} tokens, {cache.press}"
     return trace
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, cache: Cache, new: int) -> Tensor:
+    """Decode greedily by hand, in a loop without ``generate``: the new tokens (B, new)."""
+    tokens = []
+    with torch.no_grad():
+        for _ in range(new):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            tokens.append(ids)
+    return torch.cat(tokens, dim=1)

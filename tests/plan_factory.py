@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from knormpress import KnormPress
-from knormpress.plan import KeptTokens, Plan, Point, Sensitivities
+from knormpress.records.plan import KeptTokens, Plan, Point, Sensitivities
 
 LAYERS = 6
 TUNED = KnormPress(layer_keep_ratios=(0.9, 0.1, 0.2, 0.4, 0.3, 0.5), keep_recent=64)
@@ -17,8 +17,9 @@ def make_point(
 ) -> Point:
     """A point whose interval reaches 40 % of ``ppl`` to both sides."""
     reach = 0.4 * abs(ppl)
-    press = KnormPress(mean_keep) if press is None else press
-    return Point(name, press, mean_keep, (ppl, ppl - reach, ppl + 2 * reach), ppl / 100, passkeys)
+    press = press or KnormPress(mean_keep)
+    interval = (ppl, ppl - reach, ppl + 2 * reach)
+    return Point(name=name, press=press, mean_keep=mean_keep, ppl=interval, kl=ppl / 100, passkeys=passkeys)
 
 
 POINTS = (
@@ -52,8 +53,8 @@ def make_plan(**parts: Any) -> Plan:
             "context": 1024,
         },
         "frontier": POINTS,
-        "sensitivities": Sensitivities((0.1, 0.5), text, passkey),
-        "kept": KeptTokens(TOKENS, kept),
+        "sensitivities": Sensitivities(ratios=(0.1, 0.5), text=text, passkey=passkey),
+        "kept": KeptTokens(tokens=TOKENS, layers=kept),
         "made": {"created": "2026-11-24T13:48:18+00:00", "knormpress": "0.1.0"},
     }
     return Plan(**{**whole, **parts})

@@ -14,44 +14,47 @@ MANY = 2
 def faults(module: ModuleType) -> Iterator[str]:
     """What is wrong with the public names of ``module``, each in a few words.
 
-    A name is public that ``__all__`` holds. Each has to exist; modules, classes, functions, and a class's public
-    methods and properties need a docstring; where more than two parameters are taken, the docstring (for ``__init__``
-    that of the class) has to name one of them at least. What is defined without an underscore has to be in ``__all__``.
+    A name is public that ``__all__`` holds; a package that only holds modules needs none. Each has to exist; modules,
+    classes, functions, and a class's public methods and properties need a docstring; where more than two parameters
+    are taken, the docstring (for ``__init__`` that of the class) has to name one of them at least. What is defined
+    without an underscore has to be in ``__all__``.
     """
     name = module.__name__
     if not module.__doc__:
         yield f"{name} has no docstring"
     listed = getattr(module, "__all__", None)
+    own = {public: value for public, value in vars(module).items() if _is_from(module, value)}
     if listed is None:
-        yield f"{name} has no __all__"
+        if own or not hasattr(module, "__path__"):
+            yield f"{name} has no __all__"
         return
     for public in listed:
         if not hasattr(module, public):
             yield f"{name}.{public} is listed and not there"
-        elif _is_from(module, found := getattr(module, public)):
-            yield from _unsaid(f"{name}.{public}", found)
-    for public, found in vars(module).items():
-        if not public.startswith("_") and public not in listed and _is_from(module, found):
+        elif public in own:
+            yield from _unsaid(f"{name}.{public}", own[public])
+    for public in own:
+        if not public.startswith("_") and public not in listed:
             yield f"{name}.{public} is public and not listed"
 
 
-def _is_from(module: ModuleType, found: Any) -> bool:
-    return (inspect.isclass(found) or inspect.isfunction(found)) and found.__module__ == module.__name__
+def _is_from(module: ModuleType, value: Any) -> bool:
+    return (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == module.__name__
 
 
-def _unsaid(name: str, found: Any) -> Iterator[str]:
-    words = found.__doc__ or ""
+def _unsaid(name: str, value: Any) -> Iterator[str]:
+    words = value.__doc__ or ""
     # A dataclass without a docstring is given its signature for one.
-    if not words or words.startswith(f"{found.__name__}("):
+    if not words or words.startswith(f"{value.__name__}("):
         yield f"{name} has no docstring"
         return
-    if inspect.isfunction(found):
-        yield from _unnamed(name, found, words)
+    if inspect.isfunction(value):
+        yield from _unnamed(name, value, words)
         return
-    if "__init__" in vars(found):
-        yield from _unnamed(name, found.__init__, words)
-    for attribute, value in vars(found).items():
-        function = _function(value)
+    if "__init__" in vars(value):
+        yield from _unnamed(name, value.__init__, words)
+    for attribute, member in vars(value).items():
+        function = _function(member)
         if attribute.startswith("_") or function is None:
             continue
         own = f"{name}.{attribute}"

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from knormpress.records import (
+from knormpress.records.schema import (
     Conditions,
     DocumentScore,
     Environment,
     Latency,
     Memory,
-    MemoryReading,
+    MethodInfo,
     ModelInfo,
-    Policy,
     Quality,
+    Reading,
     Record,
     Run,
     TextInfo,
@@ -95,7 +95,7 @@ def make_record(
             parameters=134_515_008,
         ),
         text=TextInfo(name=names.get("text_name", "WikiText-2 test"), source="synthetic", sha256="a" * 64),
-        policy=Policy(
+        policy=MethodInfo(
             method=method,
             keep_ratio=keep_ratio,
             prune_after=512,
@@ -125,8 +125,8 @@ def make_record(
         memory=Memory(
             baseline_cache_bytes=cache_bytes,
             candidate_cache_bytes=math.ceil(cache_bytes * (1 + 29 * keep_ratio) / 30),
-            baseline_device=(MemoryReading(name="peak RSS", bytes=900_000_000),),
-            candidate_device=(MemoryReading(name="peak RSS", bytes=None, reason="not lower than an earlier peak"),),
+            baseline_device=(Reading(name="peak RSS", bytes=900_000_000),),
+            candidate_device=(Reading(name="peak RSS", bytes=None, reason="not lower than an earlier peak"),),
         ),
         quality=_quality(np.random.default_rng(seed), documents, scored, ppl, keep_ratio),
     )

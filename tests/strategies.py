@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from knormpress import KnormPress
@@ -85,6 +86,16 @@ def tiny_model(
             elif parameter.dim() > 1:
                 parameter.mul_(8)
     return model.to(dtype).eval()
+
+
+def tokens(count: int, rows: int = 1, seed: int = 0) -> Tensor:
+    """Random token ids (rows, count), none of which is the padding token or the beginning of a text."""
+    return torch.randint(2, VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padding(total: int, *lengths: int) -> Tensor:
+    """An attention mask (rows, total): row i begins with ``lengths[i]`` padding tokens."""
+    return torch.stack([(torch.arange(total) >= length).long() for length in lengths])
 
 
 def kv_heads(model: PreTrainedModel) -> int:

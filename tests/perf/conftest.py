@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from knormpress.intervals import Change, ratio_change
+from knormpress.measure import pairs
+from knormpress.stats.intervals import Change, ratio_change
 
 
 class Target(NamedTuple):
@@ -54,10 +56,17 @@ def thorough(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture
-def target(benchmark: Any, request: pytest.FixtureRequest, quick: bool) -> Callable[..., None]:
-    """Note a ratio to be shown; fails only where it is worse than ``worst`` with its whole interval."""
+def for_the_table(thorough: bool, quick: bool) -> None:
+    """Skip what no gate needs: it is a figure of the table. With ``--knorm-quick`` it is run to see that it works."""
+    if not (thorough or quick):
+        pytest.skip("a figure of the table, and no gate; measured with --performance-table")
 
-    def note(what: str, against: str, change: Change, *, reach: float, worst: float) -> None:
+
+@pytest.fixture
+def target(benchmark: Any, request: pytest.FixtureRequest, quick: bool) -> Callable[..., None]:
+    """Note a ratio for the table; with ``worst`` it is a gate, which fails if the whole interval is worse than that."""
+
+    def note(what: str, against: str, change: Change, *, reach: float, worst: float = math.inf) -> None:
         ratio, low = 1 + change.percent / 100, 1 + change.ends[0] / 100
         benchmark.extra_info.update(what=what, against=against, reach=reach, ratio=round(ratio, 3))
         request.config.stash[TARGETS].append(Target(what, against, reach, change))
@@ -81,31 +90,27 @@ def collector_paused() -> Iterator[None]:
 
 @pytest.fixture
 def in_turn(benchmark: Any) -> Callable[..., Change]:
-    """Time ``candidate`` by pytest-benchmark in turn with ``baseline`` (A B B A); the change of their paired ratios."""
+    """Time ``candidate`` by pytest-benchmark in turn with ``baseline``; the change of their paired ratios."""
 
     def measure(baseline: Callable[[], object], candidate: Callable[[], object], *, rounds: int) -> Change:
-        times: dict[str, list[float]] = {"baseline": [], "candidate": []}
-
-        def timed(name: str, run: Callable[[], object]) -> None:
+        def timed(run: Callable[[], object]) -> float:
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            return time.perf_counter() - start
 
-        def time_baseline() -> None:
+        def collected() -> float:
             gc.collect()
-            timed("baseline", baseline)
+            return timed(baseline)
 
-        def before() -> None:
-            if len(times["candidate"]) > len(times["baseline"]):
-                time_baseline()
-            if len(times["candidate"]) % 2 == 0:
-                time_baseline()
-            gc.collect()
+        def repeat(before: Callable[[], None], run: Callable[[], None]) -> None:
+            def outside_the_clock() -> None:
+                before()
+                gc.collect()
 
-        benchmark.pedantic(lambda: timed("candidate", candidate), setup=before, rounds=rounds)
-        if len(times["candidate"]) > len(times["baseline"]):
-            time_baseline()
-        return ratio_change(times["baseline"], times["candidate"])
+            benchmark.pedantic(run, setup=outside_the_clock, rounds=rounds)
+
+        found = pairs.in_turn(collected, lambda: timed(candidate), rounds=rounds, repeat=repeat)
+        return ratio_change(found.baseline, found.candidate)
 
     return measure
 

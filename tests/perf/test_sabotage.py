@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from knormpress import KnormPress
-from knormpress.bench import latency
-from knormpress.verdicts import THRESHOLDS, judge
+from knormpress.compare.verdicts import THRESHOLDS, judge
+from knormpress.measure.latency import measure_latency
 from tests.entry_factory import make_entry
 
 MOST_TURNS = 3
@@ -45,15 +45,11 @@ def test_decoding_slower_by_a_tenth_is_seen(knorm_bench, quick):
         pytest.skip("a tenth is seen in long measurements only")
     (prompt,) = knorm_bench.documents(length=64, count=1)
     sound = KnormPress(0.9, prune_after=32)
+    slower = SlowerByATenth(sound)
     before, now = [], []
     for _ in range(MOST_TURNS):
-        for side, method in (
-            (before, sound),
-            (now, SlowerByATenth(sound)),
-            (now, SlowerByATenth(sound)),
-            (before, sound),
-        ):
-            found = latency(knorm_bench, prompt, method, new_tokens=16, rounds=3, prefill_chunk=None)
+        for side, method in ((before, sound), (now, slower), (now, slower), (before, sound)):
+            found = measure_latency(knorm_bench.model, method, prompt, new_tokens=16, rounds=3)
             side.append(make_entry(parts=()).model_copy(update={"latency": found}))
         (tpot,) = (f for f in judge(before, now, THRESHOLDS, "sound").findings if f.metric == "tpot")
         if tpot.word == "regressed":

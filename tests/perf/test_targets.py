@@ -1,6 +1,8 @@
 """What KnormPress means to reach, as ratios measured in turn; see docs/performance.md.
 
-Of the targets themselves none is a gate, as machines differ: a test fails where pruning costs what it must never cost.
+Of the targets themselves none is a gate, as machines differ. The gates are what pruning must never cost: behind a long
+context decoding is no slower than with the full cache, a chunked prefill no slower than one shot and within its bytes.
+What else the table shows is measured with ``--performance-table`` only.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knormpress import KnormCache, KnormPress
-from knormpress.intervals import Change, ratio_change
-from knormpress.layer import KnormLayer, TokenLog
-from knormpress.methods import FullCache, make_method
-from knormpress.metrics import prefill, score_document
-from knormpress.press import share
-from knormpress.pruning import key_norms
+from knormpress.cache.layer import KnormLayer, TokenLog
+from knormpress.cache.pruning import key_norms
+from knormpress.measure.prefill import prefill
+from knormpress.measure.quality import score_document
+from knormpress.methods.registry import make_method
+from knormpress.policy.policy import share
+from knormpress.stats.intervals import Change, ratio_change
 
 CHUNK = 1_024
 
@@ -49,11 +52,19 @@ def ids(knorm_bench, long):
 
 
 @pytest.fixture(scope="module")
-def full(model, ids):
-    cache = DynamicCache(config=model.config)
+def one_shot(model, ids):
+    """The full cache of the long context, and the seconds that its prefill took."""
     with torch.inference_mode():
+        prefill(model, ids[:, :64], DynamicCache(config=model.config))
+        cache = DynamicCache(config=model.config)
+        start = time.perf_counter()
         prefill(model, ids, cache)
-    return cache
+        return cache, time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def full(one_shot):
+    return one_shot[0]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +98,7 @@ def test_decoding_behind_a_long_context(model, full, in_turn, target, long, step
     pruned = KnormCache(model, KnormPress(keep))
     pruned.prefill_from(full)
     change = in_turn(decoding(model, copy_of(model, full)), decoding(model, pruned), rounds=steps)
-    target(f"TPOT at {long:,} tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.05)
+    target(f"TPOT at {long:,} tokens, keep {keep}", "DynamicCache", change, reach=reach, worst=1.0)
 
 
 @pytest.mark.parametrize("against", [1.0, 0.75])
@@ -111,6 +122,7 @@ def test_decoding_under_a_plan(model, full, in_turn, target, pytestconfig, long,
     target(f"TPOT at {long:,} tokens, the plan", name, change, reach=1.0, worst=1.2)
 
 
+@pytest.mark.usefixtures("for_the_table")
 def test_decoding_beside_kvpress(model, ids, full, in_turn, target, long, steps):
     pytest.importorskip("kvpress")
     # Its import puts a function of its own over sdpa, and KnormPress leaves what others put there: the benchmarks that
@@ -123,31 +135,34 @@ def test_decoding_beside_kvpress(model, ids, full, in_turn, target, long, steps)
     ours = KnormCache(model, KnormPress(0.5))
     ours.prefill_from(full)
     change = in_turn(decoding(model, theirs), decoding(model, ours), rounds=steps)
-    target(f"TPOT at {long:,} tokens, keep 0.5", "kvpress's KnormPress(0.5)", change, reach=0.90, worst=1.2)
+    target(f"TPOT at {long:,} tokens, keep 0.5", "kvpress's KnormPress(0.5)", change, reach=0.90)
 
 
+@pytest.mark.usefixtures("for_the_table")
 def test_decoding_close_to_the_cost_of_the_weights(model, ids, full, in_turn, target, long, steps):
     pruned, short = KnormCache(model, KnormPress(0.1)), DynamicCache(config=model.config)
     pruned.prefill_from(full)
     prefill(model, ids[:, :16], short)
     change = in_turn(decoding(model, short), decoding(model, pruned), rounds=steps)
-    target(f"TPOT at {long:,} tokens, keep 0.1", "TPOT at 16 tokens", change, reach=1.10, worst=1.5)
+    target(f"TPOT at {long:,} tokens, keep 0.1", "TPOT at 16 tokens", change, reach=1.10)
 
 
-def test_prefill_in_one_shot(model, ids, in_turn, target, quick):
+def test_prefill_in_one_shot(model, ids, in_turn, target, quick, thorough):
     prompt = ids[:, :1_000]
     change = in_turn(
         lambda: prefill(model, prompt, DynamicCache(config=model.config)),
         lambda: prefill(model, prompt, KnormCache(model, KnormPress(0.5))),
-        rounds=1 if quick else 7,
+        rounds=1 if quick else 7 if thorough else 3,
     )
     target("TTFT at 1,000 tokens, one shot, keep 0.5", "DynamicCache", change, reach=1.02, worst=1.15)
 
 
-def test_prefill_in_chunks(model, ids, full, benchmark, target, long, thorough):
-    reaches = {0.9: 0.95, 0.5: 0.75, 0.1: 0.55} if thorough else {0.5: 0.75, 0.1: 0.55}
+def test_prefill_in_chunks(model, ids, one_shot, benchmark, target, long, thorough):
+    full, seconds = one_shot
+    reaches = {0.9: 0.95, 0.5: 0.75, 0.1: 0.55} if thorough else {0.5: 0.75}
     peaks = dict.fromkeys(reaches, 0)
-    times = {keep: [] for keep in (1.0, *reaches)}
+    # The gate needs one pair: the prefill that every benchmark of this file begins with, and a chunked one.
+    times = {1.0: [] if thorough else [seconds], **{keep: [] for keep in reaches}}
 
     def chunked(keep):
         cache = KnormCache(model, KnormPress(keep))
@@ -157,26 +172,27 @@ def test_prefill_in_chunks(model, ids, full, benchmark, target, long, thorough):
 
     def all_in_turn():
         # Once from the left, once from the right.
-        for keep, found in list(times.items())[:: 1 if len(times[1.0]) % 2 == 0 else -1]:
+        for keep in list(times)[:: 1 if len(times[0.5]) % 2 == 0 else -1] if thorough else reaches:
             start = time.perf_counter()
             if keep == 1.0:
                 prefill(model, ids, DynamicCache(config=model.config))
             else:
                 chunked(keep)
-            found.append(time.perf_counter() - start)
+            times[keep].append(time.perf_counter() - start)
 
     benchmark.pedantic(all_in_turn, rounds=3 if thorough else 1)
-    config = model.config
+    layers = model.config.num_hidden_layers
     whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     for keep, reach in reaches.items():
         change = ratio_change(times[1.0], times[keep])
-        target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
-        kept = sum(KnormPress(keep).ratios(config.num_hidden_layers)) / config.num_hidden_layers
-        part, allowed = peaks[keep] / whole, kept + CHUNK / long + 0.03
-        change = Change((part - 1) * 100, None, None)
-        target(f"cache bytes after a chunk, at most, keep {keep}", "full cache", change, reach=allowed, worst=allowed)
+        target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.0)
+        kept = sum(KnormPress(keep).ratios(layers)) / layers
+        change = Change((peaks[keep] / whole - 1) * 100, None, None)
+        reach, most = kept + CHUNK / long + 0.03, kept + 0.03
+        target(f"cache bytes after a chunk, at most, keep {keep}", "full cache", change, reach=reach, worst=most)
 
 
+@pytest.mark.usefixtures("for_the_table")
 @pytest.mark.parametrize("keep", [0.9, 0.5])
 def test_one_prune(full, in_turn, target, long, keep):
     keys = [layer.keys for layer in full.layers]
@@ -202,12 +218,11 @@ def test_one_prune(full, in_turn, target, long, keep):
             assert layer.stored == count
 
     change = in_turn(move_only, prune, rounds=25)
-    target(
-        f"one prune of every layer at {long:,} tokens, keep {keep}", "moving the bytes", change, reach=2.0, worst=8.0
-    )
+    target(f"one prune of every layer at {long:,} tokens, keep {keep}", "moving the bytes", change, reach=2.0)
 
 
-def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, target, quick, thorough):
+@pytest.mark.usefixtures("for_the_table")
+def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, target, quick):
     cache, spent, sound = KnormCache(model, KnormPress(0.5)), [], KnormLayer._prune
 
     def timed(self):
@@ -219,41 +234,42 @@ def test_share_of_a_decode_spent_pruning(model, ids, benchmark, monkeypatch, tar
     step = decoding(model, cache)
     monkeypatch.setattr(KnormLayer, "_prune", timed)
     start = time.perf_counter()
-    tokens = 64 if quick else 2_000 if thorough else 192
+    tokens = 64 if quick else 2_000
     benchmark.pedantic(step, rounds=tokens)
     part = sum(spent) / (time.perf_counter() - start)
     change = Change((part - 1) * 100, None, None)
-    target(f"pruning in a decode of {tokens:,} tokens, keep 0.5", "the whole decode", change, reach=0.02, worst=0.10)
+    target(f"pruning in a decode of {tokens:,} tokens, keep 0.5", "the whole decode", change, reach=0.02)
 
 
+@pytest.mark.usefixtures("for_the_table")
 def test_decoding_stays_flat(model, ids, in_turn, target, long, steps):
     press = KnormPress(0.5, schedule="iterative", prune_after=1_024)
     early, late = KnormCache(model, press), KnormCache(model, press)
     prefill(model, ids[:, :1_000], early)
     prefill(model, ids, late, chunk=CHUNK)
     change = in_turn(decoding(model, early), decoding(model, late), rounds=steps)
-    target(f"TPOT at {long:,} tokens seen, iterative", "TPOT at 1,000 seen", change, reach=1.10, worst=1.3)
+    target(f"TPOT at {long:,} tokens seen, iterative", "TPOT at 1,000 seen", change, reach=1.10)
 
 
+@pytest.mark.usefixtures("for_the_table")
 def test_scoring_at_seven_ratios(model, ids, in_turn, target, quick):
     document = ids[:, : 1_024 + 256 + 1]
     presses = [KnormPress(keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)]
     change = in_turn(
         lambda: model(document, use_cache=False),
-        lambda: score_document(model, document, FullCache(), presses, context=1_024),
+        lambda: score_document(model, document, presses, context=1_024),
         rounds=1 if quick else 3,
     )
-    target("scoring one document at 7 ratios", "one forward pass of it", change, reach=2.5, worst=6.0)
+    target("scoring one document at 7 ratios", "one forward pass of it", change, reach=2.5)
 
 
 RESIDENT = """
 import sys
 import torch
 from knormpress import KnormPress
-from knormpress.devices import PeakMemory
-from knormpress.methods import FullCache, make_method
-from knormpress.metrics import score_document
-from knormpress.models import load_model
+from knormpress.measure.quality import score_document
+from knormpress.workload.devices import PeakMemory
+from knormpress.workload.models import load_model
 
 device = torch.device("cpu")
 model = load_model(sys.argv[1] or None, device=device, dtype="float32").model
@@ -262,13 +278,14 @@ with PeakMemory(device) as loaded:
     model(ids[:, :8])
 presses = [KnormPress(keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)]
 with PeakMemory(device) as sweeping:
-    score_document(model, ids, FullCache(), presses, context=8_000)
+    score_document(model, ids, presses, context=8_000)
 config = model.config
 full = 8_000 * 2 * config.num_key_value_heads * 64 * 4 * config.num_hidden_layers
 print(sweeping.readings[0].bytes / (loaded.readings[0].bytes + full))
 """
 
 
+@pytest.mark.usefixtures("for_the_table")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can tell the peak of a section")
 def test_resident_memory_of_a_long_sweep(benchmark, pytestconfig, target, quick):
     """On text of random tokens, in a process of its own: what is resident depends on how many there are only."""
@@ -282,4 +299,4 @@ def test_resident_memory_of_a_long_sweep(benchmark, pytestconfig, target, quick)
         rounds=1,
     )
     change = Change((float(out) - 1) * 100, None, None)
-    target("resident while scoring 7 ratios at 8,000 tokens", "model + one full cache", change, reach=1.6, worst=2.5)
+    target("resident while scoring 7 ratios at 8,000 tokens", "model + one full cache", change, reach=1.6)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from knormpress import KnormCache, KnormPress
-from knormpress.metrics import prefill
+from knormpress.measure.prefill import prefill
 
 PRESS = KnormPress(0.5, prune_after=256)
 TOKENS = 512

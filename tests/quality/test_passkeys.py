@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from knormpress import KnormPress
-from knormpress.changes import passkey_gate
-from knormpress.methods import make_method
+from knormpress.methods.registry import make_method
+from knormpress.stats.gates import passkey_gate
 
 GATED = {"keep 0.9": KnormPress(0.9)}
 WORSE = {"keep 0.05": KnormPress(0.05), "highest norm first": make_method("highest-norm", KnormPress(0.8))}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from knormpress import KnormPress
-from knormpress.changes import gate
-from knormpress.methods import make_method
-from knormpress.records import ROUNDING_KL
+from knormpress.methods.registry import make_method
+from knormpress.records.schema import ROUNDING_KL
+from knormpress.stats.gates import gate
 
 GATED = {"keep 0.9": KnormPress(0.9), "keep 0.8": KnormPress(0.8)}
 WHOLE = {"keep 1.0": KnormPress(1.0)}
@@ -20,7 +20,7 @@ def found(knorm_quality):
     methods = GATED | WHOLE | WORSE
     found = dict(zip(methods, knorm_quality(list(methods.values())), strict=True))
     for name, scored in found.items():
-        print(f"\n{name}: perplexity {scored.change} ({scored.change.interval}), KL {scored.kl:.4f}")
+        print(f"\n{name}: perplexity {scored.quality.ppl} ({scored.quality.ppl.interval}), KL {scored.quality.kl:.4f}")
     return found
 
 
@@ -31,11 +31,11 @@ def test_stays_within_the_tolerance(found, knorm_gate, name):
 
 def test_keeping_everything_changes_nothing(found, knorm_gate):
     knorm_gate(found["keep 1.0"])
-    assert found["keep 1.0"].kl < ROUNDING_KL
-    assert max(map(abs, found["keep 1.0"].change.ends)) < 0.001
+    assert found["keep 1.0"].quality.kl < ROUNDING_KL
+    assert max(map(abs, found["keep 1.0"].quality.ppl.ends)) < 0.001
 
 
 @pytest.mark.parametrize("name", WORSE)
 def test_control_the_gate_fails_what_is_known_to_be_worse(found, knorm_ppl_tolerance, name):
-    change = found[name].change
+    change = found[name].quality.ppl
     assert gate(change, knorm_ppl_tolerance) == "fail", f"the gate is broken: {name} gives {change}"

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 # pytester forgets what a run imports, and datasets can't be imported twice.
-import knormpress.testing
-import knormpress.verdict_table  # noqa: F401
+import knormpress.pytest_plugin.measured
+import knormpress.show.verdict_table  # noqa: F401
 from tests.pictures import Drawn
 from tests.tiny_folder import save_model, save_text
 
@@ -38,6 +38,12 @@ def _little_to_collect() -> None:
 @pytest.fixture(autouse=True)
 def _keep_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "unfreeze", lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def _runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of pytest inside a test is no worker of pytest-xdist, whatever the test itself runs in."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 @pytest.fixture

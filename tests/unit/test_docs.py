@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import os
+import pydoc_data.topics
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +20,24 @@ import typer
 import yaml
 from _pytest.config import get_config
 
-import knormpress.corpora
-import knormpress.models
+import knormpress.measure.latency
+import knormpress.workload.corpora
+import knormpress.workload.models
 import tests.perf.conftest
-from knormpress.cli import app, main
+from knormpress import KnormPress
+from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.cli.app import app, main
+from knormpress.records.plan import write_plan
+from knormpress.workload.models import load_model
+from tests.plan_factory import make_plan
 from tests.tiny_folder import save_model, save_text
 from tests.unit.test_packaging import PROJECT
-from tests.unit.test_plugin import plan_file
-from tests.unit.test_workflows import lint
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 GUIDE_CN = ROOT / "USAGE_GUIDE_CN.md"
-PAGES = [ROOT / "README.md", GUIDE_CN, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, GUIDE_CN, ROOT / "CONTRIBUTING.md", *DOCS]
 SCRIPTS = {"baseline_test.py": "baseline", "optimized_test.py": "sweep", "visualize_results.py": "plot"}
 LANGUAGES = {"python", "bash", "yaml", "toml"}
 
@@ -121,7 +131,9 @@ def check_command(words: list[str], parser: pytest.Parser) -> None:
         for name in arguments[1:2] if arguments[:1] == ["-e"] else []:
             assert name in factors, f"tox.ini has no {name}"
     elif program == "pip":
-        extras = [extra for word in arguments for extra in re.findall(r"^\.\[(\w+)\]$", word)]
+        extras = [
+            extra for word in arguments for names in re.findall(r"^\.\[(.+)\]$", word) for extra in names.split(",")
+        ]
         assert set(extras) <= set(PROJECT["optional-dependencies"]), f"not all of {extras} are extras"
     elif program not in ("venv", "cat"):
         raise AssertionError(f"nothing here knows how to check {program}")
@@ -136,14 +148,33 @@ def parser() -> pytest.Parser:
     return config._parser
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a text, and a plan for the model; made once for all pages."""
+    path = tmp_path_factory.mktemp("site")
+    folder = save_model(path / "tiny", positions=8_192)
+    save_text(path / "wikitext-2-valid.txt", characters=30_000)
+    fingerprint = model_fingerprint(load_model(str(folder), device=torch.device("cpu")).model)
+    press = KnormPress(layer_keep_ratios=(1.0, 0.5, 0.25), prune_after=16)
+    model = {"name": "tiny", "dtype": "float32", "fingerprint": fingerprint}
+    write_plan(make_plan(press=press, model=model, frontier=(), sensitivities=None, kept=None), path / "plan.json")
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder of a page: the default model is tiny, and there is a plan for it."""
+def folder(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a page: the default model is tiny, so is the offline text, and there is a plan."""
     monkeypatch.chdir(tmp_path)
-    tiny = knormpress.models._Found(model_folder, "tiny", "fresh weights")
-    monkeypatch.setattr(knormpress.models, "_default", lambda: tiny)
+    models = knormpress.workload.models
+    monkeypatch.setattr(models, "_default", lambda: models._named(str(site / "tiny")))
+    monkeypatch.setattr(knormpress.workload.corpora, "_online", lambda: False)
+    text = (site / "wikitext-2-valid.txt").read_text(encoding="ascii")
+    monkeypatch.setattr(pydoc_data.topics, "topics", {"tiny": text})
+    # The speed check takes longer than what is measured here.
+    monkeypatch.setattr(knormpress.measure.latency, "calibrate", lambda device: 1.0)
     (tmp_path / "results").mkdir()
-    plan_file(model_folder, tmp_path / "results" / "plan.json")
+    shutil.copy(site / "plan.json", tmp_path / "results")
+    shutil.copy(site / "wikitext-2-valid.txt", tmp_path)
     return tmp_path
 
 
@@ -171,7 +202,7 @@ def test_commands_are_known(path: Path, parser: pytest.Parser) -> None:
 
 
 QUICK = ["--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1"]
-MADE_QUICK = {"sweep": QUICK, "baseline": QUICK, "tune": ["--minutes", "0.02"]}
+MADE_QUICK = {"sweep": QUICK, "baseline": QUICK, "tune": ["--minutes", "0.02", "--context", "512"]}
 """What commands get where a page leaves it open, so that they take seconds: of two equal options the last holds."""
 
 
@@ -183,7 +214,7 @@ class Shown(NamedTuple):
 
 
 def shown_runs(path: Path) -> list[Shown]:
-    """The `knormpress` commands and the guide's scripts of a page, but for what compares commits."""
+    """The `knormpress` commands and the guide's scripts of a page, except those that compare commits."""
     found = []
     for line in (line for block in of(path, "bash") for line in block.text.replace("\\\n", " ").splitlines()):
         for arguments in filter(None, map(knormpress_arguments, commands(line))):
@@ -192,25 +223,31 @@ def shown_runs(path: Path) -> list[Shown]:
     return found
 
 
-RUN = [path for path in PAGES if shown_runs(path) and path != GUIDE_CN]
+def runs_by_page() -> dict[Path, list[Shown]]:
+    """The commands that each page is the first to show: what several pages show is run once."""
+    seen: list[Shown] = []
+    found = {}
+    for path in PAGES:
+        found[path] = [shown for shown in shown_runs(path) if shown not in seen]
+        seen += found[path]
+    return {path: shown for path, shown in found.items() if shown}
 
 
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.name)
+RUNS = runs_by_page()
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_commands_of_knormpress_run(
     path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a tiny model, one after the other as on the page."""
-    save_text(folder / "wikitext-2-valid.txt", characters=30_000)
-    tiny = knormpress.models._Found(save_model(folder / "tiny", positions=8_192), "tiny", "fresh weights")
-    monkeypatch.setattr(knormpress.models, "_default", lambda: tiny)
-    monkeypatch.setattr(knormpress.corpora, "_online", lambda: False)
     for block in of(path, "python"):
         if module := re.match(r"# (\w+\.py)\n", block.text):
             (folder / module[1]).write_text(block.text, encoding="utf-8")
-    if path.name == "your-own-method.md":  # it goes on from the README's sweep
-        assert main(["sweep", *QUICK]) == 0
+    if path.name == "your-own-method.md":  # it continues from the README's sweep
+        assert main(["sweep", *QUICK, "--keep-ratios", "0.9"]) == 0
     try:
-        for (command, *given), finds_modules in shown_runs(path):
+        for (command, *given), finds_modules in RUNS[path]:
             with monkeypatch.context() as patched:
                 if finds_modules:
                     patched.syspath_prepend(folder)
@@ -221,8 +258,14 @@ def test_commands_of_knormpress_run(
 
 
 def test_the_chinese_guide_shows_the_commands_of_the_readme() -> None:
-    shown = [[words for block in of(path, "bash") for words in commands(block.text)] for path in (PAGES[0], GUIDE_CN)]
+    shown = [[words for block in of(path, "bash") for words in commands(block.text)] for path in (README, GUIDE_CN)]
     assert shown[0] == shown[1]
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 128] == []
 
 
 def test_the_tests_of_a_method_of_ones_own_run_as_shown(run: Callable[..., pytest.RunResult]) -> None:
@@ -268,6 +311,21 @@ def test_workflows_pin_actions_and_run_known_commands(path: Path, parser: pytest
         assert all(f"uses: {action}\n" in ours for action in used), "not the pins that Dependabot keeps up to date"
 
 
+def lint(tool: str, workflow: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Check a workflow with the command of `tox -e lint`."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    lines = [line.partition(" -- ")[2].split() for line in tox["testenv:lint"]["commands"].splitlines()]
+    (command,) = [words for words in lines if words[:1] == [tool]]
+    found = shutil.which(tool, path=str(Path(sys.executable).parent))
+    if found is None and "CI" not in os.environ:
+        pytest.skip(f"{tool} is not installed")
+    assert found, f"{tool} is not installed"
+    (folder / ".github" / "workflows").mkdir(parents=True)
+    (folder / ".github" / "workflows" / "ci.yml").write_text(workflow, encoding="utf-8")
+    return subprocess.run([found, *command[1:]], cwd=folder, capture_output=True, text=True, check=False)
+
+
 @by_page("yaml")
 @pytest.mark.parametrize("tool", ["zizmor", "check-jsonschema"])
 def test_workflows_pass_the_checks_of_our_own(tool: str, path: Path, tmp_path: Path) -> None:
@@ -276,11 +334,62 @@ def test_workflows_pass_the_checks_of_our_own(tool: str, path: Path, tmp_path: P
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_links_lead_somewhere() -> None:
-    for path in PAGES:
-        text = path.read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(((?!https?://)[^)#]+)", text):
-            assert (path.parent / link).exists(), f"{path.name} links to {link}"
+def anchors(page: str) -> set[str]:
+    """What links can lead to in a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def dead_links(text: str, path: Path) -> list[str]:
+    """The links of a page at ``path`` that lead to no file or no heading of this repository."""
+    dead = []
+    for link in re.findall(r"\]\(((?!https?://)[^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert dead_links(path.read_text(encoding="utf-8"), path) == []
+
+
+def test_control_a_dead_link_is_found() -> None:
+    text = "[a](docs/none.md) [b](README.md#nowhere) [c](#nowhere) [d](README.md) [e](docs/gates.md#the-reference)"
+    assert dead_links(text, README) == ["docs/none.md", "README.md#nowhere", "#nowhere"]
+
+
+@pytest.mark.parametrize("guide", [README, GUIDE_CN], ids=lambda path: path.name)
+def test_every_page_can_be_reached(guide: Path) -> None:
+    text = guide.read_text(encoding="utf-8")
+    assert [page.name for page in DOCS if f"](docs/{page.name})" not in text] == []
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_stations_of_a_keep_ratio_are_in_the_code() -> None:
+    rows = re.findall(
+        r"^\| [^|]+ \| `([\w/]+\.py)` \| `(\w+)` \|$", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 20
+    for file, name in rows:
+        code = (ROOT / "knormpress" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(def|class) {name}\b", code, re.MULTILINE) or f"    {name}:" in code, (
+            f"{file} has no {name}"
+        )
+
+
+def test_the_files_that_are_named_are_there() -> None:
+    for file in re.findall(r"`((?:[\w]+/)+\w+\.py)`", ARCHITECTURE.read_text(encoding="utf-8")):
+        assert (ROOT / "knormpress" / file).is_file(), file
+
+
+def test_the_map_shows_every_folder() -> None:
+    shown = re.findall(r'class="name"[^>]*>(\w+)/<', (ROOT / "docs" / "images" / "architecture.svg").read_text("utf-8"))
+    assert sorted(shown) == sorted(path.parent.name for path in (ROOT / "knormpress").glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from knormpress import KnormCache, KnormPress
-from knormpress.fingerprints import model_fingerprint
-from knormpress.plan import Plan, write_plan
+from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, write_plan
 from tests.tiny_folder import save_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -181,8 +181,9 @@ def test_questions_on_a_saved_document_need_it_no_more(
 def test_a_plan_is_followed(name: str, model: Any, example: Example, tmp_path: Path) -> None:
     plan, save = tmp_path / "plan.json", tmp_path / "cache"
     press = KnormPress(layer_keep_ratios=(1.0, 0.5, 0.25))
-    facts = {"name": "tiny", "dtype": "float32", "fingerprint": model_fingerprint(model)}
-    write_plan(Plan(press, facts, {"ppl": 5.0, "passkey": None}, {}, {}), plan)
+    planned = PlannedModel(name="tiny", dtype="float32", fingerprint=model_fingerprint(model))
+    targets = PlannedTargets(ppl=5.0, passkey=None)
+    write_plan(Plan(press=press, model=planned, targets=targets, calibration={}, held_out={}), plan)
     (tmp_path / "text").write_text("x" * 94)
     if name == "chat":
         # 100 tokens with those of the template, and one of the reply.
@@ -196,41 +197,38 @@ def test_a_plan_is_followed(name: str, model: Any, example: Example, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "arguments", "named"),
     [
         ("chat", ["--keep-ratio", "2"], "keep_ratio is 2.0"),
-        ("chat", ["--keep-ratio", "x"], "argument --keep-ratio: invalid float value: 'x' (see --help)"),
+        ("chat", ["--keep-ratio", "x"], "--keep-ratio: invalid float value: 'x'"),
         ("chat", ["--model", "./not/there"], "not/there"),
-        ("chat", ["--plan", "no-plan.json"], "no plan can be read from no-plan.json"),
+        ("chat", ["--plan", "no-plan.json"], "no-plan.json"),
         ("chat", ["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         ("chat", ["--prune-after", "0"], "prune_after is 0"),
-        ("long_document_qa", [], "the following arguments are required: questions"),
-        ("long_document_qa", ["why?", "--save", "no-file"], "no-file is not there"),
-        ("long_document_qa", ["why?", "--document", "no-file"], "the document no-file can't be read"),
-        ("long_document_qa", ["why?", "--document", str(EXAMPLES / "chat.py")], "more than the model's 1024 positions"),
+        ("long_document_qa", [], "required: questions"),
+        ("long_document_qa", ["why?", "--save", "no-file"], "no-file"),
+        ("long_document_qa", ["why?", "--document", "no-file"], "no-file"),
+        ("long_document_qa", ["why?", "--document", str(EXAMPLES / "chat.py")], "1024 positions"),
     ],
 )
 def test_wrong_input_is_one_line(
-    name: str,
-    arguments: list[str],
-    message: str,
-    example: Example,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, arguments: list[str], named: str, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = example(name, *arguments, typed="hello")
     assert (status, out) == (2, "")
     (line,) = err.splitlines()
     assert line.startswith("error: ")
-    assert message in line
+    assert named in line
 
 
 def test_a_tokenizer_without_a_template_is_one_line(tmp_path: Path, example: Example) -> None:
     save_model(tmp_path)
     status, _, err = example("chat", "--model", str(tmp_path), typed="hello")
     assert status == 2
-    assert err.splitlines()[-1].startswith("error: the model's tokenizer has no chat template")
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "chat template" in line
 
 
 def test_ctrl_c_ends_a_chat_without_a_traceback(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,355 @@
+"""``KnormCache``: a transformers cache that prunes itself and stays exact.
+
+After every forward pass, each full-attention layer drops tokens as its policy says. Kept tokens keep the rotation of
+their original position, new tokens get their true position, and every layer has its own attention mask. So the logits
+are those of the full cache with the dropped positions masked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from knormpress.cache.layer import KnormLayer, LayerStats, Score, TokenLog, layer_stats
+from knormpress.cache.masks import MaskedCache, MaskHooks, SharedMask, flex_mask, layer_mask, real_tokens
+from knormpress.cache.pruning import key_norms
+from knormpress.cache.saving import is_score, read_state, score_name, write_state
+from knormpress.errors import KnormError
+from knormpress.policy.policy import Policy
+
+__all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score"]
+
+
+class KnormCache(MaskedCache):
+    """A cache for ``model`` whose full-attention layers keep the tokens that ``press`` says.
+
+    Sliding-window and linear-attention layers are transformers' own. Pass the cache to ``generate()`` or to a forward
+    pass as ``past_key_values``; a filled cache can be used again for the next turn. It works with one model: hooks on
+    that model's attention modules pass each layer its mask. The hooks do nothing while another cache is in use, and
+    are removed with the model's last KnormCache.
+
+    Args:
+        model: a decoder with at least one full-attention layer.
+        press: the policy.
+        score: ranks the tokens, of which the lowest are kept; the L2 norm of the keys unless given.
+        offloading: move layers to the CPU while they are not computed, as transformers' offloaded cache does (CUDA).
+
+    Raises:
+        KnormError: the model has no layer to prune, is an encoder-decoder, shares keys between layers, or biases
+            attention by key position; or ``press`` names layers that the model doesn't have.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, press: Policy, score: Score = key_norms, *, offloading: bool = False
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if model.config.is_encoder_decoder:
+            raise KnormError(f"{type(model).__name__} is an encoder-decoder; KnormPress prunes decoder-only models")
+        # transformers 5.19 has no kv_sharing_modes yet.
+        if getattr(config, "kv_sharing_modes", None) is not None or getattr(config, "num_kv_shared_layers", None):
+            raise KnormError(f"{type(model).__name__} shares keys between layers, which KnormPress can't prune")
+        if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+            raise KnormError(
+                f"{type(model).__name__} adds a bias by key position (ALiBi), which KnormPress can't prune; "
+                "use a model with rotary or learned positions"
+            )
+        layers = DynamicCache(config=config).layers
+        prunable = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not prunable:
+            raise KnormError(
+                f"{type(model).__name__} has no full-attention layer, so there is nothing to prune; "
+                "use a model with some full-attention layers"
+            )
+        ratios = press.ratios(len(layers))
+        self.hooks = MaskHooks.on(model)
+        if not self.hooks.layers.issuperset(prunable):
+            raise KnormError(
+                f"{type(model).__name__} has attention modules that can't get their own masks; "
+                "use a model whose attention modules have a layer_idx and take an attention_mask"
+            )
+        self.log = TokenLog()
+        for index in prunable:
+            layers[index] = KnormLayer(index, press, ratios[index], score, self.log)
+        if offloading and model.device.type != "cuda":
+            raise KnormError(f"offloading is for models on CUDA, this one is on {model.device}; use offloading=False")
+        super().__init__(layers=layers, offloading=offloading)
+        self.press = press
+        self.score = score
+        self._config = config
+        self._announced: int | None = None
+        self._pass = SharedMask.none(causal=False)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Pass new states to layer ``layer_idx``, see ``KnormLayer.update``.
+
+        Raises:
+            KnormError: the caller is not the model that the cache was made for.
+        """
+        if isinstance(self.layers[layer_idx], KnormLayer) and self._announced != layer_idx:
+            model = self.hooks.model()
+            name = "a deleted model" if model is None else f"one {type(model).__name__}"
+            raise KnormError(
+                f"this cache was made for {name} and is used with another; make a KnormCache for each model"
+            )
+        self._announced = None
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> tuple[Any, bool]:
+        """The mask of ``module`` over its stored tokens and the ``new`` ones, see ``MaskedCache``.
+
+        Raises:
+            KnormError: the batch size changed, the model has no position for the new tokens, an earlier pass broke
+                off, or a custom mask does not cover the tokens seen. The cache is unchanged.
+        """
+        index = cast(int, module.layer_idx)
+        layer = self.layers[index]
+        if not isinstance(layer, KnormLayer):
+            return mask, False
+        layer.expect(batch)
+        if self.log.seen not in (layer.seen, layer.seen + new):
+            raise KnormError(
+                f"layer {index} has seen {layer.seen} tokens, others {self.log.seen}: an earlier forward pass broke "
+                "off; reset() the cache and start again"
+            )
+        if self._pass.mask() is not mask or self.log.seen == layer.seen:
+            self._pass = self._new_pass(mask, layer.seen, new)
+        if self.log.seen == layer.seen:
+            self._check_seen(index, new)
+            real = real_tokens(self._pass.dense(), layer.seen, new)
+            self._check_positions(batch, new, real)
+            self.log.extend(batch, new, real)
+        self._announced = index
+        plain = self._pass.causal and not layer.holes
+        if not layer.pruned_at or (mask is None and plain):
+            return mask, plain
+        positions = layer.positions
+        own_mask = layer_mask(
+            self._pass.dense(),
+            positions,
+            seen=layer.seen,
+            new=new,
+            groups=self._config.num_attention_heads // positions.shape[1],
+            holes=layer.holes,
+            plain=self._pass.plain,
+        )
+        is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
+        return (flex_mask(own_mask) if is_flex and own_mask is not None else own_mask), plain
+
+    def _check_seen(self, index: int, new: int) -> None:
+        """At the first KnormLayer of a pass, check that every layer has seen the right number of tokens."""
+        for other, layer in enumerate(self.layers):
+            if not isinstance(layer, CacheLayerMixin):
+                continue
+            added = new if other < index and not isinstance(layer, KnormLayer) else 0
+            if layer.get_seq_length() != self.log.seen + added:
+                raise KnormError(
+                    f"layer {other} has seen {layer.get_seq_length()} tokens, others {self.log.seen}: an earlier "
+                    "forward pass broke off; reset() the cache and start again"
+                )
+
+    def _new_pass(self, mask: Any, seen: int, new: int) -> SharedMask:
+        sdpa = self._config._attn_implementation == "sdpa"
+        if mask is None:
+            if self.log.real is not None and not bool(self.log.real.all()):
+                raise KnormError(
+                    "an earlier pass had padding, but this one has no attention_mask; give one over all tokens seen"
+                )
+            return SharedMask.none(causal=sdpa and new == 1)
+        shared = SharedMask.read(mask, seen, new, sdpa=sdpa)
+        if shared.covers != seen + new:
+            raise KnormError(
+                f"the attention mask covers {shared.covers} tokens, but {seen} were seen and {new} come; "
+                f"give a mask over all {seen + new} tokens, as without pruning"
+            )
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            self._check_nothing_hidden(mask[:, :seen].bool())
+        return shared
+
+    def _check_nothing_hidden(self, past: Tensor) -> None:
+        """Check that a mask of two dimensions hides only padding: it can't differ between heads."""
+        hidden = ~past if self.log.real is None else self.log.real[:, : past.shape[1]] & ~past
+        if any(isinstance(layer, KnormLayer) and layer.pruned_at for layer in self.layers) and bool(hidden.any()):
+            raise KnormError(
+                "the attention mask hides tokens that earlier passes attended to, which flash attention can't do per "
+                "head; leave these tokens visible, or load the model with attn_implementation='sdpa'"
+            )
+
+    def _check_positions(self, batch: int, new: int, real: Tensor | None) -> None:
+        """Check that the model has positions for the new tokens; padding needs none."""
+        limit = getattr(self._config, "max_position_embeddings", None)
+        if limit is None:
+            return
+        rotation = getattr(self._config, "rope_parameters", None) or {}
+        limit = int(limit * max(1.0, rotation.get("factor") or 1.0))
+        if self.log.seen + new <= limit:
+            return
+        coming = [new] * batch if real is None else real.expand(batch, -1).sum(dim=1).tolist()
+        seen = self.log.counts(batch, 0, self.log.seen)
+        if max(map(sum, zip(seen, coming, strict=True))) > limit:
+            raise KnormError(
+                f"{self.log.seen} tokens seen and {new} new ones are more than the model's {limit} positions; "
+                "shorten the prompt or ask for fewer new tokens"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage of all layers, including spare room and positions; views are not counted."""
+        return sum(stats.nbytes for stats in self.stats())
+
+    def stats(self) -> list[LayerStats]:
+        """The counts of each layer; sliding-window and linear layers drop tokens by their own rules."""
+        return [layer_stats(layer) for layer in self.layers]
+
+    def prefill_from(self, full: Cache) -> None:
+        """Take the tokens of ``full``, a filled and unpruned cache of the same model.
+
+        The result equals a prefill of this cache with the same tokens in one pass, since such a pass attends to all
+        tokens before any is dropped. ``full`` is not changed, and must not hold padding.
+
+        Raises:
+            KnormError: this cache is not empty, or a layer of ``full`` does not hold every token.
+        """
+        if self.log.seen:
+            raise KnormError(f"this cache has seen {self.log.seen} tokens; prefill_from needs an empty one")
+        seen = full.get_seq_length()
+        for index, (layer, source) in enumerate(zip(self.layers, full.layers, strict=True)):
+            keys, values = getattr(source, "keys", None), getattr(source, "values", None)
+            if not isinstance(layer, KnormLayer) or keys is None or values is None or keys.shape[2] != seen:
+                raise KnormError(
+                    f"layer {index} of the full cache is not a full-attention layer with all {seen} tokens; "
+                    "prefill this cache with the model instead"
+                )
+            layer.update(keys, values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file; after ``load`` its results are bit-identical.
+
+        Raises:
+            KnormError: a layer's state can't be saved (such as linear attention), or the file can't be written.
+        """
+        self._settle()
+        tensors: dict[str, Tensor] = {}
+        layers: list[dict[str, Any]] = []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, KnormLayer | DynamicSlidingWindowLayer):
+                raise KnormError(
+                    f"layer {index} is a {type(layer).__name__}, whose state can't be saved; use another model"
+                )
+            contents, state = layer.state() if isinstance(layer, KnormLayer) else _sliding_state(layer)
+            tensors |= {f"{index}.{name}": tensor for name, tensor in contents.items()}
+            layers.append(state)
+        if self.log.real is not None:
+            tensors["real"] = self.log.real
+        state = {
+            "press": self.press.as_dict(),
+            "score": score_name(self.score),
+            "seen": self.log.seen,
+            "layers": layers,
+        }
+        write_state(Path(path), self.model, tensors, state)
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, score: Score = key_norms) -> KnormCache:
+        """Load the cache that ``save`` wrote, ready for the next question.
+
+        Args:
+            path: the file.
+            model: the model that filled the cache, in the same dtype.
+            score: the score of the saved cache, if it was not the L2 norm of the keys.
+
+        Raises:
+            KnormError: the file is missing or incomplete, or is for another model, format version or score.
+        """
+        tensors, state = read_state(Path(path), model)
+        if not is_score(state["score"], score):
+            raise KnormError(f"{path} holds a cache pruned by {state['score']}; load it with that score")
+        cache = cls(model, Policy(**state["press"]), score)
+        cache.log.seen, cache.log.real = state["seen"], tensors.pop("real", None)
+        for index, (layer, counts) in enumerate(zip(cache.layers, state["layers"], strict=True)):
+            own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(index)}
+            if isinstance(layer, KnormLayer):
+                layer.restore(own, counts)
+            elif own and isinstance(layer, DynamicSlidingWindowLayer):
+                layer.lazy_initialization(own["keys"], own["values"])
+                layer.keys, layer.values, layer.cumulative_length = own["keys"], own["values"], counts["seen"]
+        return cache
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the cache was made for."""
+        model = self.hooks.model()
+        if model is None:
+            raise KnormError("the model of this cache was deleted; keep a reference to the model")
+        return model
+
+    def reset(self) -> None:
+        """Remove all tokens; the cache is like a new one."""
+        for layer in self.layers:
+            layer.reset()
+        self.log.truncate(0)
+        self._announced = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens, see ``KnormLayer.crop``.
+
+        Raises:
+            KnormError: a layer can't remove them, or the number is positive; then no layer is changed.
+        """
+        if tokens_to_remove > 0:
+            raise KnormError(f"crop got {tokens_to_remove}; give the number of tokens to remove as a negative number")
+        for layer in self.layers:
+            if isinstance(layer, KnormLayer):
+                layer.expect_crop(-tokens_to_remove)
+            elif isinstance(layer, DynamicSlidingWindowLayer) and tokens_to_remove and not layer.record_past:
+                _check_sliding_crop(layer, -tokens_to_remove)
+        self._settle()
+        super().crop(tokens_to_remove)
+        self.log.truncate(self.log.seen - abs(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace row i by the old row ``beam_idx[i]``."""
+        self._settle()
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.log.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        self._settle()
+        super().batch_repeat_interleave(repeats)
+        if self.log.real is not None:
+            self.log.real = self.log.real.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows ``indices``."""
+        self._settle()
+        super().batch_select_indices(indices)
+        if self.log.real is not None:
+            self.log.real = self.log.real[indices]
+
+    def _settle(self) -> None:
+        """Wait until offloading has moved its layers; only a forward pass does this by itself."""
+        if self.offloading:
+            torch.cuda.synchronize(self.model.device)
+
+
+def _check_sliding_crop(layer: DynamicSlidingWindowLayer, removed: int) -> None:
+    """Check that a sliding-window layer can remove its newest ``removed`` tokens."""
+    if layer.get_seq_length() >= layer.sliding_window:
+        raise KnormError(
+            f"a sliding-window layer can't take back {removed} tokens; "
+            "call activate_past_recording() before the forward pass"
+        )
+
+
+def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    keys, values = layer.keys, layer.values
+    tensors = {} if keys is None or values is None else {"keys": keys, "values": values}
+    return tensors, {"seen": layer.cumulative_length}

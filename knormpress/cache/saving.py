@@ -1,0 +1,67 @@
+"""Save a cache's state in a safetensors file, and load it for the same model only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.errors import KnormError
+from knormpress.files import replacing
+
+__all__ = ["FORMAT", "is_score", "read_state", "score_name", "write_state"]
+
+FORMAT = "knormpress-cache-1"
+"""The version of the file format; a file with another version is refused."""
+
+
+def score_name(score: object) -> str:
+    """The name of ``score`` in a saved file: its module and its name in the module."""
+    return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', repr(score))}"
+
+
+def is_score(name: str, score: object) -> bool:
+    """Whether ``name`` in a file names ``score``. Modules of KnormPress don't count, since its scores may move."""
+    expected = score_name(score)
+    ours = all(each.startswith("knormpress.") for each in (name, expected))
+    return name.rpartition(".")[2] == expected.rpartition(".")[2] if ours else name == expected
+
+
+def write_state(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write ``tensors`` and the JSON-ready ``state`` of a cache of ``model`` to ``path``."""
+    metadata = {"format": FORMAT, "model": model_fingerprint(model), "state": json.dumps(state)}
+    try:
+        with replacing(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    except (SafetensorError, OSError) as error:
+        raise KnormError(f"the cache can't be written to {path}: {error}; give another path") from error
+
+
+def read_state(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``write_state`` wrote for ``model``, onto the model's device.
+
+    Raises:
+        KnormError: the file is missing, is not a complete saved cache, or is for another model or format version.
+    """
+    if not path.is_file():
+        raise KnormError(f"{path} is not there; wanted a file written by KnormCache.save")
+    try:
+        with safe_open(path, framework="pt", device=str(model.device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise KnormError(f"{path} is not a complete saved cache ({error}); save the cache again") from error
+    if metadata.get("format") != FORMAT:
+        raise KnormError(f"{path} has format {metadata.get('format')!r}; wanted {FORMAT!r}: save it again")
+    if metadata["model"] != model_fingerprint(model):
+        raise KnormError(
+            f"{path} was saved with another model (fingerprint {metadata['model']}, wanted "
+            f"{model_fingerprint(model)}); load it with the same model and dtype"
+        )
+    return tensors, json.loads(metadata["state"])

@@ -1,0 +1,139 @@
+"""The work of the commands: measure, show progress on stderr, and say how to continue after a stop."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from knormpress.errors import KnormError
+from knormpress.show.progress import TerminalProgress
+
+if TYPE_CHECKING:
+    from knormpress.compare.verdicts import Verdict
+    from knormpress.measure.options import Candidates, Effort, Source
+    from knormpress.records.plan import Plan
+    from knormpress.records.schema import Record
+    from knormpress.tune.search import Targets
+
+__all__ = ["Stopped", "judge_runs", "measure_cells", "search_plan", "write_page"]
+
+
+class Stopped(Exception):
+    """The user stopped a command; the message says what is kept and how to continue."""
+
+
+@contextmanager
+def _stoppable(how_to_continue: str, *, begin: str = "") -> Iterator[None]:
+    """Turn Ctrl-C into ``Stopped``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(f"{begin}stopped: {how_to_continue}") from None
+
+
+def _again(fresh: bool) -> str:
+    return "the same command without --fresh" if fresh else "the same command"
+
+
+def measure_cells(candidates: Candidates, effort: Effort, source: Source, path: Path, *, fresh: bool) -> list[Record]:
+    """The records of a sweep, measured now or earlier.
+
+    Args:
+        candidates, effort, source: see ``measure.sweep.SweepSettings``.
+        path, fresh: see ``measure.sweep.run``.
+
+    Raises:
+        Stopped: the user stopped the command.
+    """
+    from knormpress.measure.sweep import SweepSettings, run
+
+    settings = SweepSettings(candidates, effort, source)
+    stopped = f"finished cells are kept in {path}, and {_again(fresh)} continues from there"
+    with _stoppable(stopped), TerminalProgress() as progress:
+        return list(run(settings, path, fresh=fresh, progress=progress))
+
+
+def search_plan(targets: Targets, source: Source, path: Path, *, context: int, minutes: float, fresh: bool) -> Plan:
+    """Search for a plan with ``tune.search.tune``, which writes it to ``path``.
+
+    Raises:
+        KnormError: the name of ``path`` doesn't end in .json, by which ``plot`` and ``report`` recognise a plan.
+        Stopped: the user stopped the command.
+    """
+    if path.suffix != ".json":
+        raise KnormError(f"--output is {str(path)!r}; wanted a file whose name ends in .json, such as plan.json")
+    from knormpress.tune.search import tune
+    from knormpress.workload.bench import Bench
+    from knormpress.workload.corpora import load_corpus
+    from knormpress.workload.devices import resolve
+
+    stopped = f"the measurements are kept beside {path}, and {_again(fresh)} continues from there"
+    with _stoppable(stopped), TerminalProgress() as progress:
+        text = load_corpus(source.corpus)
+        if text.notice:
+            progress.say(text.notice)
+        bench = Bench.open(source.model, text, device=resolve(source.one_device), dtype=source.dtype)
+        return tune(bench, targets, path, context=context, minutes=minutes, fresh=fresh, progress=progress)
+
+
+def judge_runs(
+    base: str | None, tests: str, storage: Path, thresholds: Mapping[str, float]
+) -> tuple[list[Verdict], list[str], list[str]]:
+    """The verdicts on the newest stored run, or on HEAD measured in turn with ``base``.
+
+    Args:
+        base: a commit; None judges the stored runs.
+        tests: with ``base``, the arguments for pytest.
+        storage: the folder of the stored runs.
+        thresholds: see ``verdicts.THRESHOLDS``.
+
+    Returns:
+        The verdicts, notes about the stored runs, and a message for each run of HEAD with failed tests.
+
+    Raises:
+        KnormError: there is no such commit or no run, or pytest can't run the tests.
+        Stopped: the user stopped the command.
+    """
+    from knormpress.compare.commits import measure_in_turn, resolve_commit
+    from knormpress.compare.stored import judge_commits, judge_newest
+    from knormpress.records.history import History
+
+    if base is None:
+        history = History.read(storage)
+        return judge_newest(history, thresholds), list(history.notes), []
+    commits = resolve_commit(base), resolve_commit("HEAD")
+    if commits[0] == commits[1]:
+        raise KnormError(f"{base} and HEAD are the same commit, {commits[0][:12]}; name another commit")
+    before = {entry.run for entry in History.read(storage).entries}
+    # Earlier runs can't be paired with new ones: the machine's speed may have changed.
+    stopped = f"finished runs are kept in {storage}, but the same command starts over: commits are measured together"
+    with _stoppable(stopped, begin="\n"):  # pytest was stopped in the middle of a line
+        faults = measure_in_turn(*commits, shlex.split(tests), storage, lambda text: typer.echo(text, err=True))
+    history = History.read(storage).without(before)
+    return judge_commits(history, *commits, thresholds), list(history.notes), faults
+
+
+def write_page(files: Sequence[Path], storage: Path, page: Path, markdown: Path | None) -> Sequence[str]:
+    """Write a report on ``files`` and the stored runs; returns notes about the stored runs.
+
+    Args:
+        files: records of sweeps, and plans (.json).
+        storage: pytest-benchmark's storage.
+        page, markdown: see ``report.write_report``.
+    """
+    from knormpress.records.history import History
+    from knormpress.records.jsonl import read_records
+    from knormpress.records.plan import read_plan
+    from knormpress.show.page.report import write_report
+
+    plans = [read_plan(path) for path in files if path.suffix == ".json"]
+    records = [record for path in files if path.suffix != ".json" for record in read_records(path)]
+    history = History.read(storage)
+    with TerminalProgress() as progress:
+        write_report(records, history, page, markdown, plans=plans, progress=progress)
+    return history.notes

@@ -1,0 +1,300 @@
+"""The ``knormpress`` command: parsing, calls and messages. Slow imports are made where they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
+from knormpress.cli.options import Fresh, Json, Output, number, taking
+from knormpress.errors import KnormError
+from knormpress.measure.options import Candidates, Effort, Source
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Keep the KV-cache tokens with the lowest key norms, and measure honestly what that costs and gains.",
+    epilog="""\b
+Examples:
+  knormpress doctor
+  knormpress baseline
+  knormpress sweep --keep_ratios 1.0,0.9,0.8,0.7 --num_wikitext_samples 3 --prune_after 512 --skip_layers 0
+  knormpress plot
+  knormpress report
+
+Options may have dashes or underscores: --keep-ratios and --keep_ratios are the same.""",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+
+_RESULTS = Path("results")
+_SWEEP_FILE = "results.jsonl"
+_BASELINE_FILE = "baseline.jsonl"
+_PLAN_FILE = "plan.json"
+# The exit status that a shell reports for a command ended by SIGINT.
+_STOPPED = 130
+
+
+@app.command()
+@taking(source=Source, effort=Effort)
+def baseline(
+    *, source: Source, effort: Effort, output: Output = _RESULTS, fresh: Fresh = False, as_json: Json = False
+) -> None:
+    """Measure the full cache alone.
+
+    Prints its time, memory and perplexity. It is also measured in turn with itself, which shows how much two equal
+    measurements differ on this machine.
+
+    \b
+    Examples:
+      knormpress baseline
+      knormpress baseline --device cuda --dtype bfloat16 --prompt-tokens 1024,8192
+    """
+    from knormpress.show.full_cache import describe_full_cache
+
+    full = Candidates(keep_ratios=(1.0,), method="full")
+    for record in measure_cells(full, effort, source, output / _BASELINE_FILE, fresh=fresh):
+        if as_json:
+            typer.echo(record.model_dump_json())
+            continue
+        typer.echo("")
+        for line in describe_full_cache(record):
+            typer.echo(line)
+
+
+@app.command()
+@taking(candidates=Candidates, source=Source, effort=Effort)
+def sweep(
+    *,
+    candidates: Candidates,
+    source: Source,
+    effort: Effort,
+    output: Output = _RESULTS,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """Compare keep ratios with the full cache.
+
+    Prints each change with its interval, and judges the guide's targets and claims.
+    Finished cells are kept in OUTPUT/results.jsonl: after a stop, the same command continues.
+
+    \b
+    Examples:
+      knormpress sweep --keep_ratios 1.0,0.9,0.8,0.7 --num_wikitext_samples 3 --prune_after 512 --skip_layers 0
+      knormpress sweep --keep-ratios 0.9,0.5 --samples 2 --skip-layers none
+      knormpress sweep --keep-ratios 1.0,0.7,0.5 --prompt-tokens 512,2048,8000
+      knormpress sweep --method random --keep-ratios 0.7 --output results-random
+    """
+    from knormpress.records.checks import sound
+    from knormpress.show.sweep_table import print_tables
+
+    path = output / _SWEEP_FILE
+    records = measure_cells(candidates, effort, source, path, fresh=fresh)
+    if as_json:
+        for record in records:
+            typer.echo(record.model_dump_json())
+        return
+    print_tables(map(sound, records))
+    typer.echo(f"results: {path}; pictures: knormpress plot {path}")
+
+
+@app.command()
+@taking(source=Source)
+def tune(
+    *,
+    source: Source,
+    target_ppl: Annotated[str, typer.Option(help="Allowed rise of perplexity, in %.")] = "5%",
+    target_passkey: Annotated[
+        str, typer.Option(help='Share of the passkeys that must still be found, or "none".')
+    ] = "0.9",
+    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan takes extra time.")] = 4.0,
+    context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned for.")] = 1024,
+    output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the measurements of an earlier search.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find one keep ratio per layer, to keep as few tokens as possible within an allowed loss.
+
+    The search uses some of the text's documents; the plan is measured on the others, beside uniform ratios and other
+    methods. After a stop, the same command continues.
+
+    \b
+    Examples:
+      knormpress tune --target-ppl 5%
+      knormpress tune --target-ppl 1% --target-passkey none --minutes 20 --output plan-1.json
+      knormpress sweep --plan results/plan.json --keep-ratios 1.0,0.8
+    """
+    from knormpress.show.plan_table import print_plan
+    from knormpress.tune.search import Targets
+
+    percent = number("target_ppl", target_ppl.strip().removesuffix("%"))
+    share = None if target_passkey.strip().lower() == "none" else number("target_passkey", target_passkey)
+    plan = search_plan(
+        Targets(percent, share),
+        source,
+        output,
+        context=context,
+        minutes=minutes,
+        fresh=fresh,
+    )
+    if as_json:
+        typer.echo(output.read_text(encoding="utf-8"), nl=False)
+        return
+    print_plan(plan)
+    use = f"KnormPress.from_plan({str(output)!r}, model)"
+    typer.echo(f"plan: {output}\npictures: knormpress plot {output}\nuse it: {use}")
+
+
+@app.command()
+def plot(
+    results: Annotated[Path, typer.Argument(help="The results of a sweep, or a plan (.json).")] = _RESULTS
+    / _SWEEP_FILE,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; the folder of the results unless given.")
+    ] = None,
+) -> None:
+    """Draw the pictures of a sweep or of a plan.
+
+    Four pictures for the longest prompts. With several prompt lengths, one more shows how time grows with the context.
+
+    \b
+    Examples:
+      knormpress plot
+      knormpress plot results/results.jsonl --output pictures
+      knormpress plot plan.json
+    """
+    from knormpress.records.checks import sound
+    from knormpress.records.jsonl import read_records
+    from knormpress.records.plan import read_plan
+    from knormpress.show.pictures.draw import draw_all, draw_plan
+
+    if results.suffix == ".json":
+        for picture in draw_plan(read_plan(results), output or results.parent):
+            typer.echo(picture)
+        return
+    for picture in draw_all(map(sound, read_records(results)), output or results.parent):
+        typer.echo(picture)
+
+
+@app.command()
+def compare(
+    base: Annotated[
+        str | None, typer.Argument(help="A commit to measure now, in turn with HEAD; stored runs unless given.")
+    ] = None,
+    *,
+    tests: Annotated[str, typer.Option(help="With BASE: the arguments for pytest.")] = "tests/perf tests/quality",
+    storage: Annotated[Path, typer.Option(help="pytest-benchmark's storage.")] = Path(".benchmarks"),
+    thresholds: Annotated[str, typer.Option(help="Allowed losses in %, such as tpot=5,bytes=0.5.")] = "",
+    markdown: Annotated[Path | None, typer.Option(help="Also write the verdicts to this file, as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every figure with its reference run; exit with status 1 if one regressed.
+
+    Without BASE: the newest stored run is compared with the nearest ancestor commit that has data.
+    With BASE: BASE and HEAD are checked out beside each other, and measured in the order base, head, head, base.
+
+    \b
+    Examples:
+      pytest tests/perf tests/quality --knorm-save && knormpress compare
+      knormpress compare main
+      knormpress compare HEAD~1 --tests "tests/perf --knorm-keep-ratios 0.5" --markdown summary.md
+    """
+    from knormpress.compare.verdicts import read_thresholds
+    from knormpress.show.verdict_table import fill, verdict_lines, verdict_markdown
+
+    verdicts, notes, faults = judge_runs(base, tests, storage, read_thresholds(thresholds))
+    for line in notes:
+        typer.echo(fill(line), err=as_json)
+    for verdict in verdicts if as_json else ():
+        typer.echo(json.dumps(dataclasses.asdict(verdict), allow_nan=False))
+    for line in () if as_json else verdict_lines(verdicts):
+        typer.echo(line)
+    for line in faults:
+        typer.echo(fill(line), err=as_json)
+    if markdown is not None:
+        markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
+    if faults or any(verdict.word == "regressed" for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Records of sweeps, and plans (.json); those in results/ unless given.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="Also write a summary to this file, as Markdown.")] = None,
+    storage: Annotated[Path, typer.Option(help="pytest-benchmark's storage, for the history.")] = Path(".benchmarks"),
+) -> None:
+    """Write one page of verdicts, tables and charts.
+
+    It is a single HTML file that needs no network, made from records and from the runs stored by --knorm-save.
+
+    \b
+    Examples:
+      knormpress report
+      knormpress report results/results.jsonl results-random/results.jsonl --output report.html --markdown summary.md
+    """
+    usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _PLAN_FILE))
+    notes = write_page(files or [path for path in usual if path.is_file()], storage, output, markdown)
+    typer.echo("\n".join(map(str, filter(None, (*notes, output, markdown)))))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine can do.
+
+    Tries which devices are really usable, and shows where the default model and text would come from.
+
+    \b
+    Example:
+      knormpress doctor
+    """
+    from knormpress.workload.corpora import describe_source
+    from knormpress.workload.devices import describe_devices
+    from knormpress.workload.models import describe_sources
+
+    for device, name, reason in describe_devices():
+        typer.echo(f"{device:8}" + (f"usable: {name}" if reason is None else f"not usable: {reason}"))
+    for place in describe_sources():
+        typer.echo(f"model   {place}")
+    typer.echo(f"text    {describe_source()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status: 0, 1 if a figure regressed, 2 for a user error, 130 for Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        status = int(app(args=given or ["--help"], prog_name="knormpress", standalone_mode=False) or 0)
+    except KnormError as error:
+        typer.echo(f"error: {error}", err=True)
+        return 2
+    except Stopped as stopped:
+        typer.echo(stopped, err=True)
+        return _STOPPED
+    except (KeyboardInterrupt, typer.Abort):
+        status = _STOPPED
+    except Exception as error:
+        # typer raises this for an invalid command line; the module of its class differs between versions.
+        format_message: Callable[[], str] | None = getattr(error, "format_message", None)
+        if format_message is None:
+            raise
+        context = getattr(error, "ctx", None)
+        command = "knormpress" if context is None else context.command_path
+        typer.echo(f"error: {format_message()} (see {command} --help)", err=True)
+        return 2
+    # Typer itself also ends a command with this status after Ctrl-C.
+    if status == _STOPPED:
+        typer.echo("stopped: no file is half written, and the same command starts over", err=True)
+    return status

@@ -1,0 +1,57 @@
+"""Which records of sweeps can be compared with each other, and how they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from knormpress.records.schema import Record
+
+__all__ = ["differences", "group_records", "setting"]
+
+
+def group_records(records: Iterable[Record]) -> list[list[Record]]:
+    """Group the records that differ only in keep ratio; each group is sorted from the highest keep ratio down.
+
+    Of two records of the same cell, the later one is used, since files grow at their end.
+    """
+    groups: dict[tuple[object, ...], dict[object, Record]] = {}
+    for record in records:
+        policy = record.policy
+        cells = groups.setdefault(tuple(setting(record).values()), {})
+        cells[policy.layer_keep_ratios or policy.keep_ratio] = record
+    return [sorted(cells.values(), key=lambda record: -record.keep_ratio) for cells in groups.values()]
+
+
+def differences(records: Sequence[Record]) -> dict[str, list[object]]:
+    """The settings other than the keep ratio in which records differ, each with its values in order."""
+    settings = [setting(record) for record in records]
+    names = settings[0] if settings else {}
+    values_of = {name: list(dict.fromkeys(values[name] for values in settings)) for name in names}
+    return {name: values for name, values in values_of.items() if len(values) > 1}
+
+
+def setting(record: Record) -> dict[str, object]:
+    """The settings of a record by name, without the keep ratio: records with equal settings can be compared."""
+    policy, conditions, environment = record.policy, record.conditions, record.environment
+    return {
+        "model": f"{record.model.name} ({record.model.fingerprint[:12]})",
+        "dtype": record.model.dtype,
+        "text": f"{record.text.name} ({record.text.sha256[:12]})",
+        "device": f"{environment.device} ({environment.device_name})",
+        "threads": environment.threads,
+        "commit": (environment.git_commit or "none")[:12],
+        "versions": f"torch {environment.torch}, transformers {environment.transformers}",
+        "method": policy.method,
+        "kind of ratio": "one per layer" if policy.layer_keep_ratios else "one for all layers",
+        "prune_after": policy.prune_after,
+        "skip_layers": policy.skip_layers,
+        "keep_recent": policy.keep_recent,
+        "prune_interval": policy.prune_interval,
+        "schedule": policy.schedule,
+        "prompt tokens": conditions.prompt_tokens,
+        "new tokens": conditions.new_tokens,
+        "prefill chunk": conditions.prefill_chunk,
+        "samples": conditions.samples,
+        "context tokens": conditions.context_tokens,
+        "scored tokens": conditions.scored_tokens,
+    }

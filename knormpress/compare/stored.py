@@ -1,0 +1,169 @@
+"""Find the reference among the stored runs, and judge stored runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from knormpress.compare.verdicts import Verdict, Word, judge, machine_class
+from knormpress.errors import KnormError
+from knormpress.records.git import ancestors, is_shallow
+from knormpress.records.history import History, shortened
+from knormpress.records.schema import SCHEMA_VERSION, Entry
+
+__all__ = ["judge_commits", "judge_entries", "judge_newest", "vanished_tests"]
+
+_POOLED_RUNS = 5
+
+
+def judge_entries(
+    history: History, now: Sequence[Entry], thresholds: Mapping[str, float], base: str | None = None
+) -> Verdict:
+    """Judge entries of one test at one commit, compared with the nearest ancestor commit that has data.
+
+    Args:
+        history: the stored runs.
+        now: the entries, oldest first; they may be in ``history`` too.
+        thresholds: see ``verdicts.THRESHOLDS``.
+        base: the commit to compare with, instead of the nearest ancestor.
+
+    Raises:
+        KnormError: the clone is shallow, and the reference may be at a commit that it lacks.
+    """
+    last = now[-1]
+    runs = {entry.run for entry in now}
+    others = [entry for entry in history.entries if entry.run not in runs]
+    same_test = [entry for entry in others if entry.test == last.test]
+    if not same_test:
+        if last.test in history.outdated:
+            version = history.outdated[last.test]
+            return _none(
+                last,
+                "incomparable",
+                f"stored with schema version {version}, wanted {SCHEMA_VERSION}: measure the reference again",
+            )
+        if others:
+            return _none(last, "new", "other tests have stored runs, this one has none")
+        return _none(last, "no-baseline", "nothing is stored yet")
+    sound = [entry for entry in same_test if _is_sound(entry)]
+    if not sound:
+        return _none(last, "no-baseline", f"all {len(same_test)} earlier runs failed, regressed or were dirty")
+    comparable = [entry for entry in sound if not _difference(entry, last)]
+    if not comparable:
+        return _none(last, "incomparable", _difference(sound[-1], last))
+    reachable, note = _reachable(comparable, last, base, history.repository)
+    if not reachable:
+        return _none(last, "no-baseline", note)
+    machine = machine_class(last.environment)
+    same_machine = [entry for entry in reachable if machine_class(entry.environment) == machine]
+    chosen = same_machine or reachable
+    nearest = chosen[0]
+    pooled = [
+        entry
+        for entry in chosen
+        if entry.environment.git_commit == nearest.environment.git_commit
+        and machine_class(entry.environment) == machine_class(nearest.environment)
+    ]
+    pooled = sorted(pooled, key=lambda entry: entry.created)[-_POOLED_RUNS:]
+    where = "" if same_machine else " on another machine"
+    commit = (nearest.environment.git_commit or "no commit")[:12]
+    runs_of = "" if len(pooled) == 1 else f", {len(pooled)} runs"
+    return judge(pooled, now, thresholds, f"against {commit}{where}{runs_of}{note}")
+
+
+def vanished_tests(history: History, run: str, tests: Sequence[str], expected: Callable[[str], bool]) -> list[Verdict]:
+    """The tests of the newest run before ``run`` that are not in ``tests``, if ``expected`` is true for them."""
+    earlier = [entry for entry in history.entries if entry.run != run]
+    if not earlier:
+        return []
+    newest = earlier[-1].run
+    missing = [e for e in earlier if e.run == newest and e.test not in tests and expected(e.test)]
+    return [_none(entry, "missing", f"measured on {entry.created[:10]}, but missing now") for entry in missing]
+
+
+def judge_newest(history: History, thresholds: Mapping[str, float]) -> list[Verdict]:
+    """Judge the newest stored run, test by test, and the tests that are missing since the run before it.
+
+    Raises:
+        KnormError: nothing is stored, or as for ``judge_entries``.
+    """
+    if not history.entries:
+        raise KnormError("no run is stored; store one: pytest tests/perf tests/quality --knorm-save")
+    run = history.entries[-1].run
+    newest = [entry for entry in history.entries if entry.run == run]
+    tests = [entry.test for entry in newest]
+    return [
+        *(judge_entries(history, [entry], thresholds) for entry in newest),
+        *vanished_tests(history, run, tests, lambda _: True),
+    ]
+
+
+def judge_commits(history: History, base: str, head: str, thresholds: Mapping[str, float]) -> list[Verdict]:
+    """Compare all stored runs of the commit ``head``, pooled, with all of ``base``, test by test.
+
+    Raises:
+        KnormError: no run of ``head`` is stored.
+    """
+    tests: dict[str, list[Entry]] = {}
+    for entry in history.entries:
+        if entry.environment.git_commit == head:
+            tests.setdefault(entry.test, []).append(entry)
+    if not tests:
+        raise KnormError(f"no test of {head[:12]} stored an entry; use the knorm_* fixtures in the tests")
+    missing = [
+        _none(entry, "missing", f"measured at {base[:12]}, but missing at {head[:12]}")
+        for entry in {e.test: e for e in history.entries if e.environment.git_commit == base}.values()
+        if entry.test not in tests
+    ]
+    return [*(judge_entries(history, entries, thresholds, base) for entries in tests.values()), *missing]
+
+
+def _none(entry: Entry, word: Word, reason: str) -> Verdict:
+    return Verdict(entry.test, word, reason)
+
+
+def _is_sound(entry: Entry) -> bool:
+    return entry.passed and not entry.environment.git_dirty and "regressed" not in entry.verdicts.values()
+
+
+def _difference(before: Entry, now: Entry) -> str:
+    """A message about the first difference that prevents a comparison; empty if the entries can be compared."""
+    pairs: dict[str, tuple[object, object]] = {
+        "model": (before.model.fingerprint, now.model.fingerprint),
+        "dtype": (before.model.dtype, now.model.dtype),
+        "text": (before.text.sha256, now.text.sha256),
+        "method": (before.method, now.method),
+    }
+    for name in dict.fromkeys((*before.conditions, *now.conditions)):
+        pairs[name] = (before.conditions.get(name), now.conditions.get(name))
+    for name, (old, new) in pairs.items():
+        if old != new:
+            return f"{name} was {shortened(old)} and is {shortened(new)}"
+    return ""
+
+
+def _reachable(
+    entries: Sequence[Entry], now: Entry, base: str | None, repository: Path | None
+) -> tuple[list[Entry], str]:
+    """The entries that may be the reference, the nearest first, and a note about them."""
+    commit = now.environment.git_commit
+    newest_first = sorted(entries, key=lambda entry: entry.created, reverse=True)
+    if base is not None:
+        of_base = [entry for entry in newest_first if entry.environment.git_commit == base]
+        return of_base, "" if of_base else f"no usable run of {base[:12]} is stored"
+    if commit is None:
+        return newest_first, " (no git to find the ancestor)"
+    line = ancestors(commit, repository)
+    if not now.environment.git_dirty:
+        # A clean commit is compared with its ancestors, and with itself only if they have no data.
+        line = [*line[1:], commit]
+    rank = {ancestor: number for number, ancestor in enumerate(line)}
+    of_ancestors = [entry for entry in newest_first if entry.environment.git_commit in rank]
+    if of_ancestors:
+        return sorted(of_ancestors, key=lambda entry: rank[str(entry.environment.git_commit)]), ""
+    if is_shallow(repository):
+        raise KnormError(
+            f"this clone is shallow, and the stored runs of {now.test} are from commits that it lacks; "
+            "fetch the history (git fetch --unshallow, or fetch-depth: 0)"
+        )
+    return [], f"none of {len(entries)} stored runs is from an ancestor of {commit[:12]}"

@@ -1,0 +1,237 @@
+"""Compare a test's figures with those of its reference: one verdict for each metric, and the reason. No torch.
+
+Timings and bytes are compared as ratios to the full cache of the same run, so the machine's speed does not matter.
+Absolute times are only compared between equal machines that ran at equal speed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Literal, TypeAlias
+
+from knormpress.errors import KnormError
+from knormpress.records.schema import ROUNDING_KL, SPEED_MOVED, Entry, Environment, Quality, Timed
+from knormpress.stats.intervals import Change, percent, ratio_of_ratios
+from knormpress.stats.perplexity import ppl_change
+
+__all__ = [
+    "THRESHOLDS",
+    "Finding",
+    "Verdict",
+    "Word",
+    "judge",
+    "machine_class",
+    "read_thresholds",
+    "worst",
+]
+
+Word: TypeAlias = Literal["ok", "improved", "regressed", "noise", "new", "missing", "no-baseline", "incomparable"]
+
+THRESHOLDS: Mapping[str, float] = {
+    "ttft": 10.0,
+    "tpot": 5.0,
+    "throughput": 5.0,
+    "ttft_s": 25.0,
+    "tpot_s": 25.0,
+    "bytes": 0.5,
+    "ppl": 1.0,
+    "kl": 5.0,
+}
+"""The allowed loss in % of each metric; a larger loss is a regression. Names with ``_s`` are absolute times."""
+
+_FROM_BAD_TO_GOOD: tuple[Word, ...] = (
+    "regressed",
+    "missing",
+    "incomparable",
+    "noise",
+    "no-baseline",
+    "new",
+    "improved",
+    "ok",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One metric of one test: the verdict word, the figures before and now, the change if there is one, the reason."""
+
+    metric: str
+    word: Word
+    figures: tuple[str, str]
+    change: Change | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One test: the worst word of the metrics that can be compared, or the reason why none can."""
+
+    test: str
+    word: Word
+    reason: str
+    findings: tuple[Finding, ...] = ()
+
+
+def worst(words: Sequence[Word]) -> Word:
+    """The worst of ``words``."""
+    return min(words, key=_FROM_BAD_TO_GOOD.index)
+
+
+def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str, float], reason: str) -> Verdict:
+    """Compare entries of one test with its reference entries; the code is the same within each side.
+
+    Args:
+        before, now: at least one entry each, oldest first. Timings are pooled; for other figures the newest is used.
+        thresholds: see ``THRESHOLDS``.
+        reason: names the reference.
+    """
+    findings = [*_timings(before, now, thresholds), *_bytes(before, now, thresholds)]
+    findings += _quality(before[-1], now[-1], thresholds)
+    if not findings:
+        return Verdict(now[-1].test, "incomparable", f"{reason}, without a figure in common")
+    word = worst([finding.word for finding in findings if finding.word != "incomparable"] or ["incomparable"])
+    reasons = [f"{f.metric} {f.reason}" for f in findings if f.word in (word, "incomparable") and f.reason]
+    return Verdict(now[-1].test, word, "; ".join([*reasons, reason]), tuple(findings))
+
+
+def read_thresholds(text: str, others: Mapping[str, float] = THRESHOLDS) -> dict[str, float]:
+    """``others``, changed by the thresholds in ``text``, such as ``"tpot=8, kl=2"``.
+
+    Raises:
+        KnormError: a name or a number is not valid.
+    """
+    thresholds = dict(others)
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = (word.strip() for word in part.partition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if name not in THRESHOLDS or not 0 <= value < float("inf"):
+            raise KnormError(f"got threshold {part!r}; wanted NAME=PERCENT with a name of {', '.join(THRESHOLDS)}")
+        thresholds[name] = value
+    return thresholds
+
+
+def machine_class(environment: Environment) -> dict[str, object]:
+    """What must be equal for two machines to have similar ratios."""
+    return {
+        "device": environment.device,
+        "device_name": environment.device_name,
+        "processor": environment.processor,
+        "threads": environment.threads,
+    }
+
+
+def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str, float]) -> list[Finding]:
+    old = [entry.latency for entry in before if entry.latency is not None]
+    new = [entry.latency for entry in now if entry.latency is not None]
+    if not old or not new:
+        return []
+    figures: dict[Timed, float] = {"ttft": 1.0}
+    if new[0].decodes:
+        figures |= {"tpot": 1.0, "throughput": -1.0}
+    findings = []
+    for name, worse in figures.items():
+        ratios = [[ratio for latency in side for ratio in latency.ratios(name)] for side in (old, new)]
+        shown = _pair(f"x{statistics.median(side):.3f}" for side in ratios)
+        findings.append(_timing(name, shown, ratios, worse, thresholds[name]))
+    reason = _why_not_absolute(before, now)
+    for name in [name for name in ("ttft", "tpot") if name in figures]:
+        figure = attrgetter(f"{name}_s")
+        times = [[figure(run) for latency in side for run in latency.candidate] for side in (old, new)]
+        shown = _pair(f"{statistics.median(side) * 1e3:.1f} ms" for side in times)
+        if reason:
+            findings.append(Finding(f"{name}_s", "incomparable", shown, None, reason))
+        else:
+            findings.append(_timing(f"{name}_s", shown, times, 1.0, thresholds[f"{name}_s"]))
+    return findings
+
+
+def _timing(metric: str, shown: tuple[str, str], sides: list[list[float]], worse: float, threshold: float) -> Finding:
+    if not all(0 < figure < math.inf for side in sides for figure in side):
+        return Finding(metric, "incomparable", shown, None, "is not compared: not every time is a number above 0")
+    return _finding(metric, shown, ratio_of_ratios(*sides), worse, threshold)
+
+
+def _why_not_absolute(before: Sequence[Entry], now: Sequence[Entry]) -> str:
+    """The reason why absolute times of these entries can't be compared; empty if they can."""
+    software = {"git_commit", "git_dirty", "knormpress"}
+    machines = [entry.environment.model_dump(exclude=software) for entry in (*before, *now)]
+    differing = [name for name in machines[0] if any(machine[name] != machines[0][name] for machine in machines)]
+    if differing:
+        return f"is not compared: {differing[0]} differs"
+    speeds = [time for entry in (*before, *now) if entry.latency for time in entry.latency.calibration_s]
+    moved = percent(max(speeds) / min(speeds))
+    return f"is not compared: the machine's speed changed by {moved:.0f} %" if moved > SPEED_MOVED else ""
+
+
+def _bytes(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str, float]) -> list[Finding]:
+    old, new = before[-1].memory, now[-1].memory
+    if old is None or new is None:
+        return []
+    shown = _pair(f"{memory.candidate_cache_bytes / 1e6:,.2f} MB" for memory in (old, new))
+    if not (old.baseline_cache_bytes and old.candidate_cache_bytes and new.baseline_cache_bytes):
+        return [Finding("bytes", "incomparable", shown, None, "is not compared: a cache of 0 bytes was measured")]
+    change = percent(new.ratio / old.ratio)
+    return [_finding("bytes", shown, Change(change, change, change), 1.0, thresholds["bytes"])]
+
+
+def _quality(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list[Finding]:
+    if before.quality is None or now.quality is None:
+        return []
+    old, new = before.quality, now.quality
+    if old.tokens != new.tokens:
+        return [Finding(name, "incomparable", ("", ""), None, "other documents were scored") for name in ("ppl", "kl")]
+    sides: tuple[tuple[Quality, Word, str], ...] = (
+        (new, "regressed", "is NaN or infinite"),
+        (old, "incomparable", "is not compared: in the reference it is NaN or infinite"),
+    )
+    for side, word, reason in sides:
+        if not all(map(math.isfinite, (n for d in side.documents for n in (d.kl, *d.baseline_nll, *d.candidate_nll)))):
+            return [Finding(name, word, ("", ""), None, reason) for name in ("ppl", "kl")]
+    # The same tokens were scored, so the method's loss then and now is compared token by token.
+    change = ppl_change([after - earlier for earlier, after in zip(old.gaps, new.gaps, strict=True)])
+    ppl = _finding("ppl", _pair(str(side.ppl) for side in (old, new)), change, 1.0, thresholds["ppl"])
+    kls = (old.kl, new.kl)
+    texts = _pair(f"{kl:.4f}" for kl in kls)
+    if max(kls) < ROUNDING_KL or kls[0] == kls[1]:
+        return [ppl, Finding("kl", "ok", texts, Change(0.0, 0.0, 0.0), "")]
+    if kls[0] < ROUNDING_KL:
+        return [ppl, Finding("kl", "regressed", texts, None, "was 0: nothing was lost before")]
+    if kls[1] < ROUNDING_KL:
+        return [ppl, Finding("kl", "regressed", texts, None, "fell to 0: the full cache was scored")]
+    rise = percent(kls[1] / kls[0])
+    return [ppl, _finding("kl", texts, Change(rise, rise, rise), 1.0, thresholds["kl"])]
+
+
+def _finding(metric: str, shown: tuple[str, str], change: Change, worse: float, threshold: float) -> Finding:
+    """Judge a change; ``worse`` is 1 or -1, the sign of a change for the worse.
+
+    A loss above the threshold is a regression if its whole interval is above 0. If only the interval's end is above the
+    threshold, a loss of that size is neither shown nor excluded: this is noise.
+    """
+    low, high = sorted(worse * end for end in change.ends)
+    loss = worse * change.percent
+    measured = f"{change} ({change.interval})" if low != high else str(change)
+    word: Word
+    if change.low is None and loss != 0:
+        word, reason = "noise", f"{measured}: too few runs for an interval"
+    elif loss > threshold and low > 0:
+        word, reason = "regressed", f"{measured}, allowed {threshold:g} %"
+    elif loss < -threshold and high < 0:
+        word, reason = "improved", measured
+    elif high > threshold:
+        word, reason = "noise", f"{measured}: a loss of more than {threshold:g} % can't be excluded"
+    else:
+        word, reason = "ok", ""
+    return Finding(metric, word, shown, change, reason)
+
+
+def _pair(texts: Iterable[str]) -> tuple[str, str]:
+    before, now = texts
+    return before, now

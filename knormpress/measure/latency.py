@@ -1,0 +1,215 @@
+"""Measure the time to first token, and the gap before each further token.
+
+**TTFT** runs from the call, with the prompt on the device, until the first new token's id is on the host. Each **gap**
+runs from one token's id on the host to the next. The device is synchronised before the clock is read. **TPOT**
+is the mean gap: (time of last token - time of first) / (new tokens - 1). **Throughput** is new tokens / whole time.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from knormpress.errors import KnormError
+from knormpress.measure.calibration import calibrate
+from knormpress.measure.pairs import Pairs, Repeat, in_turn, until_enough
+from knormpress.measure.prefill import prefill
+from knormpress.methods.full import FullCache
+from knormpress.methods.method import Method
+from knormpress.records.schema import Latency, Run
+from knormpress.stats.intervals import Change
+from knormpress.workload.devices import synchronize
+
+__all__ = ["cold_ttft", "measure_latency", "time_generation", "weights_tpot"]
+
+# Enough tokens for allocators and kernels to see every kind of shape.
+_WARM_UP_TOKENS = 4
+
+# So few that the cache costs nothing compared with the weights, but enough for a median.
+_SHORT_PROMPT = 16
+_SHORT_ANSWER = 16
+
+
+def time_generation(
+    model: PreTrainedModel,
+    prompt: Tensor,
+    new_cache: Callable[[], Cache],
+    *,
+    new_tokens: int,
+    prefill_chunk: int | None = None,
+) -> Run:
+    """Generate greedily and time every token.
+
+    It does not use ``generate()``, whose set-up would add to the time, and does not stop at an end-of-text token, so
+    that all runs have the same length. The time includes making the cache, for a method as for the full cache. Python's
+    garbage collector runs before the clock starts, and not while it runs.
+
+    Args:
+        model: a model on the device to time.
+        prompt: (1, n) token ids, already on that device.
+        new_cache: makes the empty cache of this run.
+        new_tokens: how many tokens to generate, at least 1.
+        prefill_chunk: the most tokens of the prompt in one forward pass; None sends it in one pass.
+
+    Raises:
+        KnormError: the prompt is empty, or ``new_tokens`` is below 1.
+    """
+    if prompt.numel() == 0 or new_tokens < 1:
+        raise KnormError(
+            f"got a prompt of {prompt.numel()} tokens and {new_tokens} new tokens to time; wanted at least 1 of each"
+        )
+    device = prompt.device
+
+    def clock() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    with torch.inference_mode(), _collector_paused():
+        readings = [clock()]
+        cache = new_cache()
+        token = prefill(model, prompt, cache, chunk=prefill_chunk).argmax(dim=-1, keepdim=True)
+        token.item()
+        readings.append(clock())
+        for _ in range(new_tokens - 1):
+            token = prefill(model, token, cache).argmax(dim=-1, keepdim=True)
+            token.item()
+            readings.append(clock())
+    ttft, *gaps = (after - before for before, after in pairwise(readings))
+    return Run(ttft_s=ttft, gaps_s=tuple(gaps))
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    method: Method,
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    rounds: int,
+    precision: float | None = None,
+    seconds: float = math.inf,
+    prefill_chunk: int | None = None,
+    cold_s: float | None = None,
+    baseline: Method | None = None,
+    after_run: Callable[[], None] = lambda: None,
+    repeat: Repeat = until_enough,
+) -> Latency:
+    """Time generations with the full cache and with ``method`` in turn, see ``pairs.in_turn``.
+
+    Each method's context is entered only for its own runs. One short warm-up run of each comes first, without counting.
+
+    Args:
+        model, prompt, new_tokens, prefill_chunk: as for ``time_generation``.
+        method: the candidate.
+        rounds: the least number of pairs, 1 or more.
+        precision: continue until both ends of the 95 % intervals of TTFT's and TPOT's change are within this many
+            percent of the change; None stops at ``rounds``.
+        seconds: after ``rounds``, start no more pairs once this time has passed.
+        cold_s: recorded as the time of the process's first call.
+        baseline: what is measured in turn with ``method``; the full cache unless given.
+        after_run: called after each run, with warm-up.
+        repeat: runs the candidate, see ``pairs.Repeat``.
+
+    Raises:
+        KnormError: ``rounds`` is below 1, or as for ``time_generation``.
+    """
+    baseline = baseline or FullCache()
+
+    def run(which: Method, tokens: int) -> Run:
+        with which(model) as new_cache:
+            timed = time_generation(model, prompt, new_cache, new_tokens=tokens, prefill_chunk=prefill_chunk)
+        after_run()
+        return timed
+
+    def latency(pairs: Pairs[Run], calibration: tuple[float, float] = (1.0, 1.0)) -> Latency:
+        return Latency(
+            baseline=tuple(pairs.baseline),
+            candidate=tuple(pairs.candidate),
+            stopped=pairs.stopped,
+            calibration_s=calibration,
+            ttft_cold_s=cold_s,
+        )
+
+    with _imports_exempt_from_collection():
+        for which in (baseline, method):
+            run(which, min(new_tokens, _WARM_UP_TOKENS))
+        speed_before = calibrate(prompt.device)
+        pairs = in_turn(
+            lambda: run(baseline, new_tokens),
+            lambda: run(method, new_tokens),
+            rounds=rounds,
+            is_precise=None if precision is None else lambda pairs: _widest(latency(pairs)) <= precision,
+            seconds=seconds,
+            repeat=repeat,
+        )
+        speed_after = calibrate(prompt.device)
+    return latency(pairs, (speed_before, speed_after))
+
+
+def weights_tpot(model: PreTrainedModel, prompt: Tensor) -> float:
+    """Seconds per token with an almost empty cache, where the weights take nearly all of the time.
+
+    No cache can be faster, since stored tokens only add to it. It is the median gap of one generation with the full
+    cache after the first 16 tokens of ``prompt`` (1, n); the model should be warm.
+    """
+    with FullCache()(model) as new_cache:
+        run = time_generation(model, prompt[:, :_SHORT_PROMPT], new_cache, new_tokens=_SHORT_ANSWER)
+    return statistics.median(run.gaps_s)
+
+
+_process_is_cold = True
+
+
+def cold_ttft(model: PreTrainedModel, prompt: Tensor, *, prefill_chunk: int | None) -> float | None:
+    """Seconds to the first token in the first call of this process, with the full cache; None in later calls.
+
+    Args:
+        model: a model on the device to time.
+        prompt: (1, n) token ids.
+        prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
+    """
+    global _process_is_cold  # noqa: PLW0603 - being cold is a state of the process
+    if not _process_is_cold:
+        return None
+    _process_is_cold = False
+    with FullCache()(model) as new_cache:
+        return time_generation(model, prompt, new_cache, new_tokens=1, prefill_chunk=prefill_chunk).ttft_s
+
+
+def _widest(latency: Latency) -> float:
+    """The largest distance in % from a change of TTFT or TPOT to an end of its interval."""
+    changes: list[Change] = [latency.ttft, latency.tpot] if latency.decodes else [latency.ttft]
+    if any(change.low is None for change in changes):
+        return math.inf
+    return max(abs(end - change.percent) for change in changes for end in change.ends)
+
+
+@contextmanager
+def _imports_exempt_from_collection() -> Iterator[None]:
+    """Speed up the garbage collection before each run: exempt the objects that exist now."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

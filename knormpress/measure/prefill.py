@@ -1,0 +1,62 @@
+"""Fill a cache with a prompt, the first step of every measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from knormpress.errors import KnormError
+from knormpress.methods.method import Method
+
+__all__ = ["filled_cache", "prefill"]
+
+
+def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int | None = None) -> Tensor:
+    """Send ``prompt`` through ``model`` into ``cache``, whole or in chunks.
+
+    Args:
+        model: any causal language model of transformers.
+        prompt: (B, n) token ids on the model's device, n >= 1.
+        cache: takes the prompt, after the tokens that it holds already.
+        chunk: the most tokens in one forward pass; None sends the prompt in one pass.
+
+    Returns:
+        (B, V) logits after the last token of the prompt.
+
+    Raises:
+        KnormError: ``chunk`` is below 1.
+    """
+    if chunk is not None and chunk < 1:
+        raise KnormError(f"prefill_chunk is {chunk}; wanted at least 1, or no value to send the prompt in one pass")
+    for part in prompt.split(chunk or prompt.shape[-1], dim=-1):
+        logits: Tensor = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1]
+
+
+@contextmanager
+def filled_cache(
+    model: PreTrainedModel, method: Method, prompt: Tensor, full: Cache, *, chunk: int | None = None
+) -> Iterator[Cache]:
+    """Yield a cache of ``method`` that holds ``prompt``, inside the method's context.
+
+    If the method's cache supports it and the result is the same, the prompt is taken from ``full``; else it is sent
+    through the model.
+
+    Args:
+        model, prompt, chunk: as for ``prefill``.
+        method: makes the cache.
+        full: a full cache that holds the same prompt; it is not changed.
+    """
+    one_pass = chunk is None and all(type(layer) is DynamicLayer for layer in full.layers)
+    with method(model) as new_cache:
+        cache = new_cache()
+        prefill_from = getattr(cache, "prefill_from", None)
+        if one_pass and prefill_from is not None:
+            prefill_from(full)
+        else:
+            prefill(model, prompt, cache, chunk=chunk)
+        yield cache

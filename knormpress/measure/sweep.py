@@ -1,0 +1,279 @@
+"""Measure the cells of a sweep, one by one: device x prompt length x policy, each compared with the full cache.
+
+A cell that is already in the results file is not measured again. It is the same cell if the machine and the software,
+the git commit, the weights and their dtype, the text, the policy and the conditions are all equal. Changes without a
+commit are not noticed: use ``fresh`` after them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.errors import KnormError
+from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
+from knormpress.measure.memory import measure_memory
+from knormpress.measure.options import Candidates, Effort, Source
+from knormpress.measure.quality import measure_quality
+from knormpress.methods.knorm import KnormPress
+from knormpress.methods.registry import make_method
+from knormpress.progress import Progress
+from knormpress.records.jsonl import append_record, read_records
+from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Quality, Record, TextInfo
+from knormpress.workload.bench import Bench
+from knormpress.workload.corpora import load_corpus
+from knormpress.workload.devices import resolve
+
+__all__ = ["SweepSettings", "run"]
+
+_LEAST_SCORED = 32
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What to measure: the candidates, how much to measure, and the model and text to measure on.
+
+    Raises:
+        KnormError: there is no such method, or a prompt is too short for a policy to prune anything.
+    """
+
+    candidates: Candidates = field(default_factory=Candidates)
+    effort: Effort = field(default_factory=Effort)
+    source: Source = field(default_factory=Source)
+
+    def __post_init__(self) -> None:
+        shortest = min(self.effort.prompt_tokens)
+        for press in self.candidates.presses:
+            make_method(self.candidates.method, press)
+            if press.drops and shortest < press.prune_after:
+                raise KnormError(
+                    f"a prompt of {shortest} tokens is too short to be pruned: pruning begins at prune_after "
+                    f"{press.prune_after}; use longer prompts or a smaller prune_after"
+                )
+
+
+def run(
+    settings: SweepSettings, path: Path, *, fresh: bool = False, progress: Progress | None = None
+) -> Iterator[Record]:
+    """Measure every cell that is not in ``path``, and add each to the file as soon as it is finished.
+
+    If the process is killed, the current cell and the perplexities of later cells are lost, but no finished cell.
+
+    Args:
+        settings: the grid.
+        path: the JSON Lines file of results, created if it is missing.
+        fresh: measure every cell again. The old file is renamed when the first new cell is finished.
+        progress: gets every step.
+
+    Yields:
+        The record of every cell, measured now or read from the file, in the order device, prompt length, policy.
+
+    Raises:
+        KnormError: the file, a device, the model or the text can't be used; the file is unchanged.
+    """
+    progress = progress or Progress()
+    _make_folder(path.parent)
+    stored = {} if fresh or not path.exists() else {_key(record): record for record in read_records(path)}
+    # "cpu" and "cpu:0" are the same device.
+    devices = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}.values()
+    corpus = load_corpus(settings.source.corpus)
+    if corpus.notice:
+        progress.say(corpus.notice)
+    steps = _Steps(settings, progress)
+    new_name = _free_name(path) if fresh and path.exists() else None
+    for device in devices:
+        steps.begin("loading the model")
+        bench = Bench.open(settings.source.model, corpus, device=device, dtype=settings.source.dtype)
+        _check_presses(settings, bench)
+        for prompt_tokens in settings.effort.prompt_tokens:
+            for record in _measure(settings, bench, prompt_tokens, stored, steps):
+                if _key(record) not in stored:
+                    if new_name is not None:
+                        path.rename(new_name)
+                        progress.say(f"the earlier results are now in {new_name}")
+                        new_name = None
+                    append_record(path, record)
+                yield record
+
+
+def _measure(
+    settings: SweepSettings, bench: Bench, prompt_tokens: int, stored: dict[_Key, Record], steps: _Steps
+) -> Iterator[Record]:
+    """The records of one device and one prompt length, see ``run``."""
+    effort, method_name = settings.effort, settings.candidates.method
+    cells = {press: _before_measuring(settings, bench, press, prompt_tokens) for press in settings.candidates.presses}
+    pending = [press for press, known in cells.items() if _key_of(**known) not in stored]
+    steps.leave_out(len(cells) - len(pending))
+    chunk = effort.prefill_chunk
+    cold_s = None
+    qualities: dict[KnormPress, Quality] = {}
+    if pending:
+        bench.check_length(prompt_tokens + effort.new_tokens)
+        scored = _scored_tokens(effort, bench, prompt_tokens)
+        texts = bench.documents(length=prompt_tokens + scored + 1, count=effort.samples)
+        if scored < effort.scored_tokens:
+            steps.progress.say(
+                f"after {prompt_tokens:,} tokens only {scored:,} are scored, not {effort.scored_tokens:,}: "
+                f"the model is made for {bench.positions:,} positions"
+            )
+        prompt = texts[0][:, :prompt_tokens]
+        steps.begin("the first call")
+        cold_s = cold_ttft(bench.model, prompt, prefill_chunk=chunk)
+        steps.begin("perplexity, all keep ratios at once")
+        methods = [make_method(method_name, press) for press in pending]
+        measured = measure_quality(
+            bench.model,
+            methods,
+            texts,
+            context=prompt_tokens,
+            prefill_chunk=chunk,
+            policies=pending,
+            after_document=steps.tick,
+        )
+        qualities = dict(zip(pending, measured, strict=True))
+    for press, known in cells.items():
+        if press not in qualities:
+            yield stored[_key_of(**known)]
+            continue
+        method = make_method(method_name, press)
+        steps.begin(f"memory, {_ratio(press)}")
+        memory = measure_memory(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
+        steps.begin(f"timing, {_ratio(press)}")
+        latency = measure_latency(
+            bench.model,
+            method,
+            prompt,
+            new_tokens=effort.new_tokens,
+            rounds=effort.rounds,
+            precision=effort.precision,
+            seconds=effort.seconds,
+            prefill_chunk=chunk,
+            cold_s=cold_s,
+            after_run=steps.tick_at_most(steps.runs),
+        )
+        latency = latency.model_copy(update={"weights_tpot_s": weights_tpot(bench.model, prompt)})
+        cold_s = None
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        yield Record(created=created, latency=latency, memory=memory, quality=qualities[press], **known)
+
+
+def _before_measuring(settings: SweepSettings, bench: Bench, press: KnormPress, prompt_tokens: int) -> dict[str, Any]:
+    """The part of a cell's record that is known before measuring, and identifies the cell."""
+    effort = settings.effort
+    return {
+        "environment": bench.environment,
+        "model": bench.model_info,
+        "text": bench.text_info,
+        "policy": MethodInfo(method=settings.candidates.method, **press.as_dict()),
+        "conditions": Conditions(
+            prompt_tokens=prompt_tokens,
+            new_tokens=effort.new_tokens,
+            prefill_chunk=effort.prefill_chunk,
+            rounds=effort.rounds,
+            samples=effort.samples,
+            context_tokens=prompt_tokens,
+            scored_tokens=_scored_tokens(effort, bench, prompt_tokens),
+        ),
+    }
+
+
+def _scored_tokens(effort: Effort, bench: Bench, prompt_tokens: int) -> int:
+    """``effort.scored_tokens``, or what the model has positions for. If that is too few, ``Bench.documents`` raises."""
+    room = math.inf if bench.positions is None else bench.positions - prompt_tokens - 1
+    return int(room) if _LEAST_SCORED <= room < effort.scored_tokens else effort.scored_tokens
+
+
+_Key = tuple[Environment, str, str, str, MethodInfo, Conditions]
+
+
+def _key(record: Record) -> _Key:
+    return _key_of(record.environment, record.model, record.text, record.policy, record.conditions)
+
+
+def _key_of(
+    environment: Environment, model: ModelInfo, text: TextInfo, policy: MethodInfo, conditions: Conditions
+) -> _Key:
+    # Writing results can make a git tree dirty, and the same weights and text can have different names.
+    clean = environment.model_copy(update={"git_dirty": None})
+    return clean, model.fingerprint, model.dtype, text.sha256, policy, conditions
+
+
+def _ratio(press: KnormPress) -> str:
+    if press.layer_keep_ratios is None:
+        return f"keep ratio {press.keep_ratio}"
+    return f"a plan of mean keep ratio {press.mean_keep:.3f}"
+
+
+def _check_presses(settings: SweepSettings, bench: Bench) -> None:
+    plan = settings.candidates.plan
+    if plan is not None:
+        plan.expect(model_fingerprint(bench.model), "--plan")
+    for press in settings.candidates.presses:
+        if press.drops and min(press.ratios(bench.layers)) == 1.0:
+            raise KnormError(
+                f"skip_layers {press.skip_layers} names every layer of {bench.model_info.name}, so nothing would be "
+                "pruned; skip fewer layers"
+            )
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder for the results. Errors come before anything is measured, not when the first cell is written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KnormError(f"results can't be written to {folder}: {error.strerror}; use another --output") from error
+    if not os.access(folder, os.W_OK):
+        raise KnormError(f"results can't be written to {folder}: it is read-only; use another --output")
+
+
+def _free_name(path: Path) -> Path:
+    """The first of results.1.jsonl, results.2.jsonl, ... that does not exist."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
+class _Steps:
+    """Counts finished steps: each generation, prefill or document is one step."""
+
+    def __init__(self, settings: SweepSettings, progress: Progress) -> None:
+        self.progress = progress
+        self.runs = 2 * (settings.effort.rounds + 1)
+        self.per_cell = self.runs + 2
+        self.documents = settings.effort.samples
+        self.cells = len(settings.candidates.presses)
+        lengths = len(settings.source.device) * len(settings.effort.prompt_tokens)
+        self.total = lengths * (self.cells * self.per_cell + self.documents)
+        self.done = 0
+        self.doing = ""
+
+    def begin(self, doing: str) -> None:
+        self.doing = doing
+        self.progress.step(self.done, self.total, doing)
+
+    def tick(self) -> None:
+        self.done += 1
+        self.progress.step(self.done, self.total, self.doing)
+
+    def tick_at_most(self, times: int) -> Callable[[], None]:
+        """A ``tick`` that counts at most ``times`` steps, since the number of pairs is not known before measuring."""
+        remaining = iter(range(times))
+
+        def tick() -> None:
+            if next(remaining, None) is not None:
+                self.tick()
+
+        return tick
+
+    def leave_out(self, cells: int) -> None:
+        """Subtract the steps of ``cells`` of one prompt length, which are in the file already, from the total."""
+        if cells:
+            self.progress.say(f"{cells} of {self.cells} cells were measured before and are taken from the file")
+            self.total -= cells * self.per_cell + (self.documents if cells == self.cells else 0)
+            self.begin(self.doing)

@@ -1,0 +1,38 @@
+"""The type of a method: a callable that takes the model and gives a context in which fresh caches are made."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeAlias
+
+from transformers import Cache, PreTrainedModel
+
+from knormpress.methods.knorm import KnormPress
+
+__all__ = ["Method", "MethodFactory", "describe_method"]
+
+Method: TypeAlias = Callable[[PreTrainedModel], AbstractContextManager[Callable[[], Cache]]]
+"""``with method(model) as new_cache``: inside the context each call of ``new_cache`` makes a cache of the method."""
+
+MethodFactory: TypeAlias = Callable[[KnormPress], Method]
+"""What the name of a method stands for: called with the policy under test, it returns the method."""
+
+
+def describe_method(method: Any) -> str:
+    """A text for ``method`` that is the same for equal methods, in every process."""
+    if is_dataclass(method) and not isinstance(method, type):
+        values = ((field.name, getattr(method, field.name)) for field in fields(method))
+        return f"{type(method).__qualname__}({', '.join(f'{name}={describe_method(value)}' for name, value in values)})"
+    if isinstance(method, functools.partial):
+        parts = [*method.args, *(f"{name}={describe_method(value)}" for name, value in method.keywords.items())]
+        return f"{describe_method(method.func)}({', '.join(map(str, parts))})"
+    if isinstance(method, str | int | float | tuple | list | None):
+        return repr(method)
+    definition = method if hasattr(method, "__qualname__") else type(method)
+    module = definition.__module__
+    if module.startswith("knormpress."):
+        module = module.rpartition(".")[0]  # only the folder, so that moving code within it keeps the history
+    return f"{module}.{definition.__qualname__}"

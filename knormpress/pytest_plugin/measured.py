@@ -1,0 +1,126 @@
+"""The work of the pytest fixtures: one test's measurements, and the entry that stores them for comparison."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from knormpress.errors import KnormError
+from knormpress.measure.latency import measure_latency
+from knormpress.measure.memory import measure_memory
+from knormpress.measure.quality import measure_quality
+from knormpress.methods.method import Method, describe_method
+from knormpress.records.schema import Entry, Latency, Memory, Quality, Result
+from knormpress.stats.gates import documents_to_decide, gate
+from knormpress.workload.bench import Bench
+
+__all__ = ["Measured", "gated", "score"]
+
+
+def score(bench: Bench, methods: Sequence[Method], *, context: int, scored: int, samples: int) -> list[Result]:
+    """Score ``samples`` documents through the full cache and each method's cache; they share each document's prefill.
+
+    Raises:
+        KnormError: a method whose policy drops tokens predicts exactly what the full cache does.
+    """
+    texts = bench.documents(length=context + scored + 1, count=samples)
+    qualities = measure_quality(bench.model, methods, texts, context=context)
+    conditions: dict[str, int | None] = {"context": context, "scored": scored, "documents": samples}
+    return [
+        Result(method=describe_method(method), conditions=conditions, quality=quality)
+        for method, quality in zip(methods, qualities, strict=True)
+    ]
+
+
+def gated(quality: Quality, tolerance: float) -> tuple[str, str]:
+    """The decision of the quality gate, ``pass``, ``fail`` or ``inconclusive``, and the figures as text."""
+    change, documents = quality.ppl, len(quality.documents)
+    decision = gate(change, tolerance)
+    text = f"perplexity {change} ({change.interval}) on {documents} documents, allowed +-{tolerance:g} %"
+    if decision == "inconclusive":
+        more = documents_to_decide(change, tolerance, documents)
+        text += "; no number of documents would decide" if more is None else f"; about {more} more would decide"
+    return decision, text
+
+
+class Measured:
+    """The measurements of one test, at most one of each kind."""
+
+    def __init__(self, bench: Bench, test: str, run: str) -> None:
+        self.bench, self.test, self.run = bench, test, run
+        self._results: dict[str, Result] = {}
+
+    def latency(
+        self,
+        method: Method,
+        benchmark: Any,
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        rounds: int,
+        precision: float,
+        seconds: float,
+        prefill_chunk: int | None,
+    ) -> Latency:
+        """Time ``method`` in turn with the full cache; pytest-benchmark's ``benchmark`` times the method's runs.
+
+        Its table and JSON show whole generations; ``extra_info`` says why the rounds ended.
+        """
+        self._check_first("latency")
+        (prompt,) = self.bench.documents(length=prompt_tokens, count=1)
+        latency = measure_latency(
+            self.bench.model,
+            method,
+            prompt,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            precision=precision,
+            seconds=seconds,
+            prefill_chunk=prefill_chunk,
+            repeat=lambda before, run: benchmark.pedantic(run, setup=before, rounds=sys.maxsize),
+        )
+        benchmark.extra_info["stopped"] = latency.stopped
+        if latency.speed_moved is not None:
+            benchmark.extra_info["machine_speed_moved_percent"] = round(latency.speed_moved, 1)
+        conditions = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "prefill_chunk": prefill_chunk}
+        self._results["latency"] = Result(method=describe_method(method), conditions=conditions, latency=latency)
+        return latency
+
+    def memory(self, method: Method, *, prompt_tokens: int, prefill_chunk: int | None) -> Memory:
+        """Measure the bytes of the full cache and of the method's cache, in separate passes."""
+        self._check_first("memory")
+        (prompt,) = self.bench.documents(length=prompt_tokens, count=1)
+        memory = measure_memory(self.bench.model, method, prompt, prefill_chunk=prefill_chunk)
+        conditions = {"cached_tokens": prompt_tokens, "prefill_chunk": prefill_chunk}
+        self._results["memory"] = Result(method=describe_method(method), conditions=conditions, memory=memory)
+        return memory
+
+    def quality(self, result: Result) -> None:
+        """Store a result of ``score``."""
+        self._check_first("quality")
+        self._results["quality"] = result
+
+    def entry(self, *, passed: bool) -> Entry | None:
+        """All measurements as an entry, or None if there are none."""
+        if not self._results:
+            return None
+        results = self._results.values()
+        figures = {name: getattr(result, name) for name, result in self._results.items()}
+        return Entry(
+            run=self.run,
+            test=self.test,
+            created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            environment=self.bench.environment,
+            model=self.bench.model_info,
+            text=self.bench.text_info,
+            method=" and ".join(dict.fromkeys(result.method for result in results)),
+            conditions={name: value for result in results for name, value in result.conditions.items()},
+            passed=passed,
+            **figures,
+        )
+
+    def _check_first(self, kind: str) -> None:
+        if kind in self._results:
+            raise KnormError(f"{self.test} measures its {kind} twice; wanted once: parametrize the test")

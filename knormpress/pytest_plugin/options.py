@@ -1,0 +1,131 @@
+"""The ``--knorm-*`` options: their names, their defaults, and their values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pytest
+
+from knormpress.errors import KnormError
+from knormpress.measure.options import Candidates, Effort, Option, Source, options_of, read_option, words
+from knormpress.methods.knorm import KnormPress
+
+__all__ = [
+    "FLAGS",
+    "OPTIONS",
+    "devices",
+    "flag",
+    "number",
+    "press_id",
+    "presses",
+    "setting",
+    "spelled",
+    "usage",
+]
+
+T = TypeVar("T")
+
+DEVICES = "cpu,cuda,mps,xpu"
+
+_SHARED = {option.name: option for group in (Source, Effort, Candidates) for option in options_of(group)}
+
+
+def _shared(name: str, default: Any = None, text: str | None = None) -> Option:
+    """A setting of ``measure.options``, with another default or help text where tests need one."""
+    option = _SHARED[name]
+    return option._replace(default=option.default if default is None else default, help=text or option.help)
+
+
+OPTIONS = {
+    option.name: option
+    for option in (
+        _shared("model"),
+        _shared("device", (), f"devices that must be usable, or auto; unless given, all usable devices of {DEVICES}"),
+        _shared("keep_ratios"),
+        _shared("prune_after"),
+        _shared("skip_layers"),
+        _shared("corpus"),
+        _shared("samples", 16),
+        Option("ppl_tolerance", 5.0, "Change of perplexity in %, up or down, that passes a quality gate.", float),
+        Option("passkey_share", 0.9, "Share of the passkeys that a passkey gate requires.", float),
+        _shared("plan", text="Plan from knormpress tune, used in place of the keep ratios."),
+        _shared("method"),
+        _shared("precision"),
+        _shared("seconds"),
+        Option("thresholds", "", "Losses in % that --knorm-compare allows, such as tpot=5,bytes=0.5.", str),
+    )
+}
+
+FLAGS = {
+    "quick": "only two pairs of runs per test: shows that everything runs, but decides little",
+    "save": "store what the tests measured in pytest-benchmark's storage",
+    "compare": "--knorm-save, and fail tests that are worse than in the nearest ancestor commit with data",
+}
+
+
+def spelled(name: str) -> str:
+    """The option as the user types it."""
+    return f"--knorm-{name.replace('_', '-')}"
+
+
+def setting(config: pytest.Config, name: str) -> str:
+    """The text that was given for an option, on the command line or as an ini setting; empty if none was given."""
+    given = config.getoption(spelled(name))
+    return str(config.getini(f"knorm_{name}") if given is None else given)
+
+
+def flag(config: pytest.Config, name: str) -> bool:
+    """Whether the option was given, on the command line or as an ini setting."""
+    return bool(config.getoption(spelled(name)) or config.getini(f"knorm_{name}"))
+
+
+def number(config: pytest.Config, name: str) -> Any:
+    """The number that was given for an option."""
+    return usage(lambda: _value(config, name))
+
+
+def devices(config: pytest.Config) -> list[Any]:
+    """The devices to test on. Unless they were named by the user, those that are not usable are marked to skip."""
+    from knormpress.workload.devices import resolve, usable
+
+    named = words(setting(config, "device"))
+    if named:
+        # A named device that is missing is an error: a run that skips every test would look like success.
+        return [str(usage(functools.partial(resolve, device))) for device in named]
+    states = {device: usable(device) for device in words(DEVICES)}
+    return [
+        pytest.param(device, marks=[] if reason is None else [pytest.mark.skip(reason=f"{device}: {reason}")])
+        for device, reason in states.items()
+    ]
+
+
+def press_id(press: KnormPress) -> str:
+    """The part of a test's id that stands for ``press``."""
+    return str(press.keep_ratio) if press.layer_keep_ratios is None else "plan"
+
+
+def presses(config: pytest.Config) -> list[KnormPress]:
+    """The policies that the options name: those of the keep ratios, or the plan's.
+
+    Raises:
+        KnormError: an option has an invalid value.
+    """
+    plan = _value(config, "plan") if setting(config, "plan") else None
+    if plan is not None:
+        return [KnormPress.of(plan.press)]
+    names = ("keep_ratios", "prune_after", "skip_layers")
+    return list(Candidates(**{name: _value(config, name) for name in names}).presses)
+
+
+def _value(config: pytest.Config, name: str) -> Any:
+    return read_option(OPTIONS[name], setting(config, name), spelled(name))
+
+
+def usage(ask: Callable[[], T]) -> T:
+    """Return ``ask()``; show its errors as pytest's usage errors: one line, without a traceback."""
+    try:
+        return ask()
+    except KnormError as error:
+        raise pytest.UsageError(str(error)) from None

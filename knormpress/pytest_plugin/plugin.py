@@ -1,0 +1,330 @@
+"""The pytest plugin: options, fixtures that measure, and the comparison of a run with stored runs.
+
+It is installed with the package (entry point ``pytest11``), so it works in any repository. It imports torch and
+transformers only when a test uses a fixture that needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from knormpress.methods.knorm import KnormPress
+from knormpress.pytest_plugin.options import (
+    FLAGS,
+    OPTIONS,
+    devices,
+    flag,
+    number,
+    press_id,
+    presses,
+    setting,
+    spelled,
+    usage,
+)
+from knormpress.pytest_plugin.session import StoredRun
+
+if TYPE_CHECKING:
+    from knormpress.methods.method import Method
+    from knormpress.pytest_plugin.measured import Measured
+    from knormpress.records.schema import Latency, Memory, Result
+    from knormpress.workload.bench import Bench
+
+__all__ = [
+    "knorm_bench",
+    "knorm_gate",
+    "knorm_latency",
+    "knorm_memory",
+    "knorm_method",
+    "knorm_passkey_gate",
+    "knorm_passkeys",
+    "knorm_ppl_tolerance",
+    "knorm_quality",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the ``--knorm-*`` options; each is also an ini setting of the same name with underscores."""
+    group = parser.getgroup("knormpress", "KV-cache methods: speed, memory and quality")
+    for name, option in OPTIONS.items():
+        default = str(option.default_text) if option.default else ""
+        # argparse formats help texts, so a % must be doubled there; pytest does not format those of ini settings.
+        help_text = f"{option.help} [{default or 'unset'}]".replace("%", "%%")
+        group.addoption(spelled(name), metavar="VALUE", help=help_text)
+        parser.addini(f"knorm_{name}", help=option.help, default=default)
+    for name, text in FLAGS.items():
+        group.addoption(spelled(name), action="store_true", default=None, help=text)
+        parser.addini(f"knorm_{name}", help=text, type="bool", default=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker, and read the stored runs before anything is measured."""
+    config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
+    if flag(config, "save") or flag(config, "compare"):
+        config.stash[_RUN] = usage(lambda: StoredRun.begin(config))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Check the options before tests are collected, so that errors in them are one line."""
+    if session.config.getoption("--knorm-device") is not None:
+        devices(session.config)
+    usage(lambda: presses(session.config))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests that take a device or a press once for each chosen device and keep ratio."""
+    if "knorm_device" in metafunc.fixturenames:
+        metafunc.parametrize("knorm_device", devices(metafunc.config), scope="session")
+    if "knorm_press" in metafunc.fixturenames:
+        policies = usage(lambda: presses(metafunc.config))
+        metafunc.parametrize("knorm_press", policies, ids=list(map(press_id, policies)))
+
+
+@pytest.fixture(scope="session")
+def knorm_bench(knorm_device: str, request: pytest.FixtureRequest) -> Bench:
+    """The model on the device, and the text as tokens; loaded once per session."""
+    bench = _bench(knorm_device, setting(request.config, "model"), setting(request.config, "corpus"))
+    plan = setting(request.config, "plan")
+    if plan:
+        from knormpress.cache.fingerprint import model_fingerprint
+        from knormpress.records.plan import read_plan
+
+        read_plan(plan).expect(model_fingerprint(bench.model), plan)
+    return bench
+
+
+@pytest.fixture
+def knorm_method(knorm_press: KnormPress, request: pytest.FixtureRequest) -> Method:
+    """The method under test, under the policy ``knorm_press``."""
+    from knormpress.methods.registry import make_method
+
+    return make_method(setting(request.config, "method"), knorm_press)
+
+
+@pytest.fixture(scope="session")
+def knorm_ppl_tolerance(request: pytest.FixtureRequest) -> float:
+    """The change of perplexity in %, up or down, that passes."""
+    tolerance: float = number(request.config, "ppl_tolerance")
+    return tolerance
+
+
+@pytest.fixture
+def _knorm_measured(knorm_bench: Bench, request: pytest.FixtureRequest) -> Measured:
+    from knormpress.pytest_plugin.measured import Measured
+
+    run = request.config.stash.get(_RUN, None)
+    measured = request.node.stash[_MEASURED] = Measured(knorm_bench, request.node.nodeid, run.name if run else "")
+    return measured
+
+
+@pytest.fixture
+def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.FixtureRequest) -> Callable[..., Latency]:
+    """Time a method's generations in turn with the full cache's; pytest-benchmark's table and JSON show them.
+
+    Called as ``knorm_latency(method, prompt_tokens=1024, new_tokens=32, rounds=5, prefill_chunk=None)``. After
+    ``rounds`` pairs it continues until ``--knorm-precision`` or ``--knorm-seconds`` is reached; with ``--knorm-quick``
+    it ends after two pairs.
+    """
+    quick = flag(request.config, "quick")
+    seconds = 0.0 if quick else number(request.config, "seconds")
+    precision = number(request.config, "precision")
+
+    def measure(
+        method: Method,
+        *,
+        prompt_tokens: int = 1024,
+        new_tokens: int = 32,
+        rounds: int = 5,
+        prefill_chunk: int | None = None,
+    ) -> Latency:
+        return _knorm_measured.latency(
+            method,
+            benchmark,
+            precision=precision,
+            seconds=seconds,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=min(rounds, 2) if quick else rounds,
+            prefill_chunk=prefill_chunk,
+        )
+
+    request.node.stash[_BENCHMARK] = benchmark
+    return measure
+
+
+@pytest.fixture
+def knorm_memory(_knorm_measured: Measured) -> Callable[..., Memory]:
+    """Measure the bytes of a method's cache and of the full cache, in separate passes.
+
+    Called as ``knorm_memory(method, prompt_tokens=1024, prefill_chunk=None)``.
+    """
+
+    def measure(method: Method, *, prompt_tokens: int = 1024, prefill_chunk: int | None = None) -> Memory:
+        return _knorm_measured.memory(method, prompt_tokens=prompt_tokens, prefill_chunk=prefill_chunk)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[Result]]:
+    """Score documents through the caches of several methods, which share each document's prefill.
+
+    Called as ``knorm_quality([method, ...], context=1024, scored=256)``; returns a result for each method, whose
+    ``quality`` has the figures. Each result can be passed to ``knorm_gate``.
+    """
+
+    def measure(methods: Sequence[Method], *, context: int = 1024, scored: int = 256) -> list[Result]:
+        from knormpress.pytest_plugin.measured import score
+
+        samples = number(request.config, "samples")
+        return score(knorm_bench, methods, context=context, scored=scored, samples=samples)
+
+    return measure
+
+
+@pytest.fixture
+def knorm_gate(
+    _knorm_measured: Measured, knorm_quality: Callable[..., list[Result]], knorm_ppl_tolerance: float
+) -> Callable[..., None]:
+    """Let the test pass only if a method's change of perplexity stays within ``--knorm-ppl-tolerance``.
+
+    Called as ``knorm_gate(method, context=1024, scored=256)``, or with a result of ``knorm_quality``. The whole 95 %
+    interval decides. If it crosses the limit, the test is never reported as passed, but as an expected failure that
+    says how many more documents are needed.
+    """
+
+    def decide(method: Method | Result, **lengths: int) -> None:
+        from knormpress.pytest_plugin.measured import gated
+        from knormpress.records.schema import Result
+
+        result = method if isinstance(method, Result) else knorm_quality([method], **lengths)[0]
+        assert result.quality is not None
+        _knorm_measured.quality(result)
+        decision, figures = gated(result.quality, knorm_ppl_tolerance)
+        if decision == "inconclusive":
+            pytest.xfail(f"inconclusive: {figures}")
+        if decision == "fail":
+            pytest.fail(figures, pytrace=False)
+
+    return decide
+
+
+@pytest.fixture(scope="session")
+def knorm_passkeys(knorm_bench: Bench) -> Callable[..., list[tuple[int, int]]]:
+    """Ask the caches of several methods for passkeys hidden in filler text, see ``measure.passkeys``.
+
+    Called as ``knorm_passkeys([method, ...], count=40)``; returns for each method how many passkeys it found, and how
+    many of the ``count`` the full cache found; the others don't count.
+    """
+
+    def ask(methods: Sequence[Method], *, count: int = 40) -> list[tuple[int, int]]:
+        from knormpress.measure.passkeys import ask_passkeys
+
+        return ask_passkeys(knorm_bench, methods, count)
+
+    return ask
+
+
+@pytest.fixture
+def knorm_passkey_gate(
+    knorm_passkeys: Callable[..., list[tuple[int, int]]], request: pytest.FixtureRequest
+) -> Callable[..., None]:
+    """Let the test pass only if a method finds ``--knorm-passkey-share`` of the passkeys that the full cache finds.
+
+    Called as ``knorm_passkey_gate(method, count=40)``, or with a pair from ``knorm_passkeys``. The whole 95 %
+    interval (Wilson's) decides, as in ``knorm_gate``.
+    """
+    wanted = number(request.config, "passkey_share")
+
+    def decide(method: Method | tuple[int, int], **count: int) -> None:
+        from knormpress.stats.gates import passkey_gate
+
+        counts = method if isinstance(method, tuple) else knorm_passkeys([method], **count)[0]
+        decision, figures = passkey_gate(*counts, wanted)
+        if decision == "inconclusive":
+            pytest.xfail(f"inconclusive: {figures}")
+        if decision == "fail":
+            pytest.fail(figures, pytrace=False)
+
+    return decide
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Store the test's measurements, and fail the test if they are worse than in its reference run."""
+    try:
+        result = yield
+    except pytest.xfail.Exception:  # an inconclusive gate can still be compared with its history
+        _finish(item, passed=True)
+        raise
+    except BaseException:
+        _finish(item, passed=False)
+        raise
+    _finish(item, passed=True)
+    return result
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Remember deselected tests, which do not count as vanished."""
+    for item in items:
+        run = item.config.stash.get(_RUN, None)
+        if run is not None:
+            run.deselected.add(item.nodeid)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Remember the collected tests, and check their thresholds."""
+    run = session.config.stash.get(_RUN, None)
+    if run is not None:
+        run.collected |= {item.nodeid for item in session.items}
+        for item in session.items:
+            usage(functools.partial(run.thresholds_of, item))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the verdicts on every test's figures."""
+    run = terminalreporter.config.stash.get(_RUN, None)
+    if run is None or not run.compares:
+        return
+    from knormpress.records.git import is_dirty
+    from knormpress.show.verdict_table import verdict_lines
+
+    verdicts = [*run.verdicts, *run.vanished(terminalreporter.config)]
+    if verdicts:
+        terminalreporter.section("knormpress: compared with the stored runs")
+        dirty = ["the git tree has uncommitted changes: this run will not become a reference"] if is_dirty() else []
+        for line in (*run.history.notes, *dirty, *verdict_lines(verdicts)):
+            terminalreporter.write_line(line)
+
+
+_RUN = pytest.StashKey[StoredRun]()
+_MEASURED = pytest.StashKey["Measured"]()
+_BENCHMARK = pytest.StashKey[Any]()
+
+
+def _finish(item: pytest.Item, *, passed: bool) -> None:
+    measured = item.stash.get(_MEASURED, None)
+    entry = None if measured is None else measured.entry(passed=passed)
+    if entry is None:
+        return
+    run = item.config.stash.get(_RUN, None)
+    fault = ""
+    if run is not None:
+        entry, fault = run.finish(item, entry)
+    benchmark = item.stash.get(_BENCHMARK, None)
+    if benchmark is not None:
+        benchmark.extra_info["knormpress"] = entry.model_dump(mode="json")
+    if passed and fault:
+        pytest.fail(fault, pytrace=False)
+
+
+@functools.cache
+def _bench(device: str, model: str, corpus: str) -> Bench:
+    from knormpress.workload.bench import Bench
+    from knormpress.workload.corpora import load_corpus
+    from knormpress.workload.devices import resolve
+
+    return Bench.open(model or None, load_corpus(corpus or None), device=resolve(device), dtype="float32")

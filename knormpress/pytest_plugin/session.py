@@ -1,0 +1,115 @@
+"""A pytest session that stores its measurements, and compares them with those of earlier sessions."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from knormpress.errors import KnormError
+from knormpress.pytest_plugin.options import flag, setting
+
+if TYPE_CHECKING:
+    from knormpress.compare.verdicts import Verdict
+    from knormpress.records.history import History
+    from knormpress.records.schema import Entry
+
+__all__ = ["StoredRun"]
+
+
+@dataclass
+class StoredRun:
+    """A session that stores its measurements: its name, the folder, and the runs stored before."""
+
+    name: str
+    storage: Path
+    history: History
+    compares: bool
+    thresholds: dict[str, float]
+    verdicts: list[Verdict] = field(default_factory=list)
+    collected: set[str] = field(default_factory=set)
+    deselected: set[str] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, config: pytest.Config) -> StoredRun:
+        """Start a run as the options say; reads the stored runs before anything is measured.
+
+        Raises:
+            KnormError: entries can't be stored, or stored entries can't be read.
+        """
+        from knormpress.compare.verdicts import read_thresholds
+        from knormpress.records.history import History
+
+        kind, separator, place = str(config.getoption("benchmark_storage", "file://./.benchmarks")).partition("://")
+        # A test may change the current folder.
+        storage = Path(place if separator else kind).absolute()
+        if separator and kind != "file":
+            raise KnormError(f"--benchmark-storage is a {kind}; wanted a folder: use file://FOLDER")
+        compares = flag(config, "compare")
+        if storage.exists() and not storage.is_dir():
+            raise KnormError(
+                f"entries can't be stored in {storage}, which is not a folder; use another --benchmark-storage"
+            )
+        history = replace(History.read(storage) if compares else History(()), repository=Path.cwd())
+        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+
+    def thresholds_of(self, item: pytest.Item) -> dict[str, float]:
+        """The thresholds from the marks of ``item``, where the closest mark wins; the options set the rest."""
+        from knormpress.compare.verdicts import read_thresholds
+
+        marks = reversed([*item.iter_markers("knorm_thresholds")])
+        given = [[*map(str, mark.args), *(f"{name}={value}" for name, value in mark.kwargs.items())] for mark in marks]
+        return read_thresholds(",".join(part for parts in given for part in parts), self.thresholds)
+
+    def finish(self, item: pytest.Item, entry: Entry) -> tuple[Entry, str]:
+        """Judge ``entry`` and store it with its verdicts; returns it, and a message if the test must fail."""
+        from knormpress.compare.stored import judge_entries
+        from knormpress.records.history import store
+
+        fault = ""
+        if self.compares:
+            try:
+                verdict = judge_entries(self.history, [entry], self.thresholds_of(item))
+            except KnormError as error:
+                fault = str(error)
+            else:
+                self.verdicts.append(verdict)
+                words = {finding.metric: finding.word for finding in verdict.findings}
+                entry = entry.model_copy(update={"verdicts": words})
+                fault = f"regressed: {verdict.reason}" if verdict.word == "regressed" else ""
+        store(self.storage, entry)
+        return entry, fault
+
+    def vanished(self, config: pytest.Config) -> list[Verdict]:
+        """Tests of the last stored run that the command line's paths cover, but that do not exist any more."""
+        from knormpress.compare.stored import vanished_tests
+
+        # pytest does not report which tests --lf leaves out.
+        if not self.collected or config.getoption("lf", False):
+            return []
+        folders = [argument.partition("::")[0].removeprefix("./").rstrip("/") for argument in config.args]
+        paths = [_from_root(config, folder) for folder in folders if "::" not in folder]
+
+        ignored = [_from_root(config, str(path)) for path in config.getoption("ignore") or ()]
+        globs = [_from_root(config, glob) for glob in config.getoption("ignore_glob") or ()]
+
+        def expected(test: str) -> bool:
+            path = Path(test.partition("::")[0])
+            places = (path, *path.parents)
+            if any(place in ignored or any(fnmatch(str(place), str(glob)) for glob in globs) for place in places):
+                return False
+            return test not in self.deselected and any(place in places for place in paths)
+
+        return vanished_tests(self.history, self.name, sorted(self.collected), expected)
+
+
+def _from_root(config: pytest.Config, folder: str) -> Path:
+    path = (config.invocation_params.dir / folder).resolve()
+    try:
+        return path.relative_to(config.rootpath)
+    except ValueError:
+        return path

@@ -1,0 +1,1 @@
+"""The report: an HTML page, and its Markdown form, from records, plans and stored runs; ``report`` builds it."""

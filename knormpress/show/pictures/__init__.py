@@ -1,0 +1,1 @@
+"""The pictures of sweeps, plans and stored runs, one module each; ``draw`` writes them to files."""

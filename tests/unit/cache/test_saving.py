@@ -1,0 +1,133 @@
+"""A saved cache goes on bit for bit, and nothing but its own model and score takes it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from knormpress import KnormCache, KnormError, KnormPress
+from knormpress.cache.pruning import key_norms
+from knormpress.cache.saving import FORMAT, is_score, score_name
+from knormpress.methods.scores import highest_norm
+from tests.oracle import position_ids
+from tests.strategies import left_padding, tiny_model, tokens
+
+PRESS = KnormPress(0.5, prune_after=8, skip_layers=(0,), prune_interval=4)
+
+
+def run(model, cache, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, **kwargs).logits
+
+
+def own_score(keys, positions, layer):
+    return key_norms(keys)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The file of a cache that has seen 20 tokens."""
+    cache = KnormCache(tiny_model(), PRESS)
+    run(tiny_model(), cache, tokens(20))
+    cache.save(tmp_path / "c.safetensors")
+    return tmp_path / "c.safetensors"
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("length", [0, 5, 30], ids=["empty", "whole", "pruned"])
+def test_the_continuation_is_equal_to_the_bit(family, length, tmp_path):
+    model = tiny_model(family)
+    cache = KnormCache(model, PRESS)
+    if length:
+        run(model, cache, tokens(length))
+        run(model, cache, tokens(1))
+    cache.save(tmp_path / "context.safetensors")
+    loaded = KnormCache.load(tmp_path / "context.safetensors", model)
+    assert [(s.seen, s.stored) for s in loaded.stats()] == [(s.seen, s.stored) for s in cache.stats()]
+    for seed in range(12):
+        ids = tokens(3 if seed % 4 == 0 else 1, seed=seed)
+        assert torch.equal(run(model, loaded, ids), run(model, cache, ids))
+    assert loaded.press == cache.press
+
+
+def test_padding_is_remembered(tmp_path):
+    model = tiny_model()
+    mask = left_padding(20, 0, 5)
+    positions = position_ids(mask)
+    cache = KnormCache(model, PRESS)
+    run(model, cache, tokens(12, rows=2), attention_mask=mask[:, :12], position_ids=positions[:, :12])
+    cache.save(tmp_path / "c.safetensors")
+    loaded = KnormCache.load(tmp_path / "c.safetensors", model)
+    for end in range(13, 21):
+        more = {"attention_mask": mask[:, :end], "position_ids": positions[:, end - 1 : end]}
+        ids = tokens(1, rows=2, seed=end)
+        assert torch.equal(run(model, loaded, ids, **more), run(model, cache, ids, **more))
+
+
+def test_another_model_or_type_is_refused(saved):
+    for other in (tiny_model(seed=1), tiny_model("qwen2"), tiny_model(dtype=torch.float32)):
+        with pytest.raises(KnormError, match="another model"):
+            KnormCache.load(saved, other)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_file_cut_short_is_refused(saved, size):
+    saved.write_bytes(saved.read_bytes()[:size])
+    with pytest.raises(KnormError, match=saved.name):
+        KnormCache.load(saved, tiny_model())
+
+
+def test_another_format_and_a_missing_file_are_refused(saved):
+    assert metadata(saved)["format"] == FORMAT
+    save_file(load_file(saved), saved, {"format": "knormpress-cache-0", "model": "", "state": "{}"})
+    with pytest.raises(KnormError, match=f"'knormpress-cache-0'.*'{FORMAT}'"):
+        KnormCache.load(saved, tiny_model())
+    with pytest.raises(KnormError, match=r"none\.safetensors is not there"):
+        KnormCache.load(saved.with_name("none.safetensors"), tiny_model())
+
+
+@pytest.mark.parametrize("name", ["knormpress.pruning.key_norms", "knormpress.cache.pruning.key_norms"])
+def test_a_file_from_before_the_scores_moved_is_loaded(saved, name):
+    """Caches are kept for long; in what module a score of this package lives is none of their business."""
+    values = metadata(saved)
+    assert json.loads(values["state"])["score"] == score_name(key_norms)
+    state = json.dumps(json.loads(values["state"]) | {"score": name})
+    save_file(load_file(saved), saved, values | {"state": state})
+    loaded, straight = KnormCache.load(saved, tiny_model()), KnormCache(tiny_model(), PRESS)
+    run(tiny_model(), straight, tokens(20))
+    assert torch.equal(run(tiny_model(), loaded, tokens(5)), run(tiny_model(), straight, tokens(5)))
+    with pytest.raises(KnormError, match=name):
+        KnormCache.load(saved, tiny_model(), score=highest_norm)
+
+
+@pytest.mark.parametrize(
+    ("name", "score", "same"),
+    [
+        ("knormpress.methods.highest_norm", highest_norm, True),
+        ("knormpress.methods.scores.highest_norm", key_norms, False),
+        (f"{__name__}.own_score", own_score, True),
+        ("tests.moved.own_score", own_score, False),
+        ("knormpress.pruning.own_score", own_score, False),
+        ("elsewhere.key_norms", key_norms, False),
+    ],
+)
+def test_a_score_of_ones_own_is_named_by_its_module(name, score, same):
+    assert is_score(name, score) == same
+
+
+def test_what_cant_be_saved_or_written_leaves_nothing(tmp_path):
+    model = tiny_model("lfm2")
+    with pytest.raises(KnormError, match=r"layer 0 .*LinearAttentionLayer"):
+        KnormCache(model, PRESS).save(tmp_path / "c.safetensors")
+    with pytest.raises(KnormError, match=r"can't be written to .*no"):
+        KnormCache(tiny_model(), PRESS).save(tmp_path / "no" / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []

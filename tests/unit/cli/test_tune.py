@@ -1,0 +1,62 @@
+"""``knormpress tune``: stopped, it goes on; what it prints is the plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from knormpress.cli.app import main
+from knormpress.show.progress import TerminalProgress
+from tests.tiny_folder import save_text
+from tests.unit.cli.conftest import Fails
+
+
+@pytest.fixture(scope="module")
+def tune(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    text = save_text(tmp_path_factory.mktemp("tune") / "text.txt", characters=14_000)
+    given = {"model": model_folder, "corpus": text, "device": "cpu", "context": 512, "target-ppl": "60%"}
+    given |= {"target-passkey": "none"}
+    return ["tune", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+
+
+def test_a_search_that_was_stopped_goes_on_and_prints_its_plan(
+    tune: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    notes = Path("plan.json.search.jsonl")
+
+    def interrupt(*_: object) -> None:
+        if notes.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TerminalProgress, "step", interrupt)
+        assert main([*tune, "--output", "plan.json"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.splitlines()[-1].startswith("stopped: ")
+    assert "plan.json" in captured.err.splitlines()[-1]
+    measured = notes.read_bytes()
+    assert measured
+
+    assert main([*tune, "--output", "plan.json", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out == Path("plan.json").read_text(encoding="utf-8")
+    assert len(json.loads(out)["press"]["layer_keep_ratios"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--target-ppl", "five"], "'five'"),
+        (["--target-passkey", "all"], "'all'"),
+        (["--output", "plan.txt"], "'plan.txt'"),
+        (["--device", "cpu,cuda"], "cpu,cuda"),
+        (["--corpus", "not there.txt"], "not there.txt"),
+    ],
+)
+def test_wrong_input_is_one_line(options: list[str], named: str, tune: list[str], fails: Fails) -> None:
+    assert named in fails(*tune, "--output", "plan.json", *options)

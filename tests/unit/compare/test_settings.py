@@ -1,0 +1,58 @@
+"""Which records stand beside each other, and in what they differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from knormpress.compare.settings import differences, group_records
+from tests.record_factory import make_record, make_records
+
+
+def test_groups_fall_in_keep_ratio_and_the_later_of_two_cells_stands() -> None:
+    records = [*make_records([0.7, 1.0, 0.9]), make_record(0.9, seed=2), make_record(0.9, prompt_tokens=512)]
+    groups = group_records(records)
+    assert [[record.keep_ratio for record in group] for group in groups] == [[1.0, 0.9, 0.7], [0.9]]
+    assert groups[0][1] is records[3]
+
+
+def test_a_plan_is_another_cell_than_the_ratio_of_its_mean() -> None:
+    records = [make_record(0.7), make_record(0.7, plan=(0.4, 1.0)), make_record(0.7, plan=(1.0, 0.4))]
+    assert [len(group) for group in group_records(records)] == [1, 2]
+
+
+def test_differences_are_named() -> None:
+    records = [make_record(0.9), make_record(0.8, device="cuda", prompt_tokens=2048)]
+    assert differences([]) == differences(records[:1]) == {}
+    assert differences(records) == {
+        "device": ["cpu (Synthetic CPU @ 2.50 GHz)", "cuda (Synthetic CPU @ 2.50 GHz)"],
+        "prompt tokens": [1024, 2048],
+        "context tokens": [1024, 2048],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"fingerprint": "e" * 64}, "model"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"threads": 8}, "threads"),
+        ({"text_name": "prose"}, "text"),
+        ({"documents": 9}, "samples"),
+        ({"scored": 100}, "scored tokens"),
+        ({"prefill_chunk": 256}, "prefill chunk"),
+        ({"new_tokens": 8}, "new tokens"),
+        ({"method": "random"}, "method"),
+        ({"plan": (0.9, 0.9)}, "kind of ratio"),
+    ],
+)
+def test_records_that_differ_are_no_group(changed: dict[str, Any], named: str) -> None:
+    records = [make_record(0.9), make_record(0.9, **changed)]
+    assert list(differences(records)) == [named]
+    assert len(group_records(records)) == 2
+
+
+def test_rounds_make_no_difference() -> None:
+    """How many pairs it took is told by the interval."""
+    assert differences([make_record(0.9), make_record(0.8, rounds=20)]) == {}

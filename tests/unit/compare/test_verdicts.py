@@ -1,0 +1,213 @@
+"""Each metric's word, from entries whose changes are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from knormpress.compare.verdicts import THRESHOLDS, Finding, Verdict, Word, judge, read_thresholds, worst
+from knormpress.errors import KnormError
+from knormpress.records.schema import Entry
+from tests.entry_factory import make_entry
+
+
+def judged(before: Entry, now: Entry, **thresholds: float) -> Verdict:
+    return judge([before], [now], {**THRESHOLDS, **thresholds}, "against aaa")
+
+
+def changed(entry: Entry, part: str, **fields: Any) -> Entry:
+    """``entry`` with other ``fields`` in one of its parts."""
+    return entry.model_copy(update={part: getattr(entry, part).model_copy(update=fields)})
+
+
+def figure(verdict: Verdict, metric: str) -> Finding:
+    (finding,) = [finding for finding in verdict.findings if finding.metric == metric]
+    return finding
+
+
+def words(verdict: Verdict) -> dict[str, str]:
+    return {finding.metric: finding.word for finding in verdict.findings}
+
+
+def test_the_same_figures_are_ok() -> None:
+    before, again = make_entry(noise=0.001), make_entry(noise=0.001, seed=1)
+    verdict = judged(before, again.model_copy(update={"quality": before.quality}))
+    assert (verdict.test, verdict.word) == ("tests/test_x.py::test_x", "ok")
+    assert words(verdict) == dict.fromkeys(THRESHOLDS, "ok")
+    assert verdict.reason == "against aaa"
+
+
+def test_the_losses_that_are_allowed() -> None:
+    """As the documents say: a change of any of these is a change of what a comparison promises."""
+    times = {"ttft": 10.0, "tpot": 5.0, "throughput": 5.0, "ttft_s": 25.0, "tpot_s": 25.0}
+    assert {**times, "bytes": 0.5, "ppl": 1.0, "kl": 5.0} == THRESHOLDS
+
+
+@pytest.mark.parametrize("metric", ["ttft", "tpot"])
+def test_a_slower_figure_is_named(metric: str) -> None:
+    slower = {"ttft": 1.15, "tpot": 1.1}[metric]
+    base = {"ttft": 0.0, "tpot": -10.0, "noise": 0.001}
+    now = base | {metric: (100 + base[metric]) * slower - 100}
+    verdict = judged(make_entry(**base), make_entry(**now, seed=1))
+    assert verdict.word == "regressed"
+    assert words(verdict)[metric] == "regressed"
+    assert verdict.reason.startswith(f"{metric} +1")
+    assert verdict.reason.endswith("against aaa")
+
+
+def test_throughput_gets_worse_by_falling() -> None:
+    quick, slow = make_entry(tpot=0.0, ttft=0.0, noise=0.001), make_entry(tpot=30.0, ttft=30.0, noise=0.001)
+    assert words(judged(quick, slow))["throughput"] == "regressed"
+    assert words(judged(slow, quick))["throughput"] == "improved"
+
+
+def test_a_machine_that_is_slower_for_both_changes_no_ratio() -> None:
+    before = make_entry(noise=0.001)
+    runs = before.latency
+    assert runs is not None
+    slow = {
+        side: tuple(
+            run.model_copy(update={"ttft_s": 2 * run.ttft_s, "gaps_s": tuple(2 * gap for gap in run.gaps_s)})
+            for run in getattr(runs, side)
+        )
+        for side in ("baseline", "candidate")
+    }
+    verdict = judged(before, changed(before, "latency", **slow))
+    assert {words(verdict)[name] for name in ("ttft", "tpot", "throughput")} == {"ok"}
+    assert {words(verdict)[name] for name in ("ttft_s", "tpot_s")} == {"regressed"}
+
+
+def test_absolute_times_are_compared_between_equal_machines_only() -> None:
+    verdict = judged(make_entry(noise=0.001), make_entry(noise=0.001, device_name="another processor"))
+    assert verdict.word == "ok"
+    assert words(verdict)["tpot_s"] == "incomparable"
+    assert "device_name differs" in figure(verdict, "tpot_s").reason
+    assert figure(verdict, "tpot_s").reason in verdict.reason
+
+
+@pytest.mark.parametrize(("speed", "word"), [(0.0112, "incomparable"), (0.0109, "ok")])
+def test_absolute_times_are_compared_at_an_equal_speed_only(speed: float, word: str) -> None:
+    before = make_entry(noise=0.001)
+    verdict = judged(before, changed(before, "latency", calibration_s=(0.01, speed)))
+    assert words(verdict)["tpot_s"] == words(verdict)["ttft_s"] == word
+    if word == "incomparable":
+        assert "12 %" in verdict.reason
+
+
+def test_what_noise_hides_is_neither_ok_nor_regressed() -> None:
+    verdict = judged(make_entry(noise=0.3, rounds=5), make_entry(noise=0.3, rounds=5, seed=1))
+    assert words(verdict)["ttft"] == "noise"
+    assert "10 %" in figure(verdict, "ttft").reason
+
+
+@pytest.mark.parametrize("tpot", [150.0, -60.0])
+def test_a_change_in_too_few_runs_for_an_interval_is_noise(tpot: float) -> None:
+    """One pair may be anything: it neither fails a test nor is it praised."""
+    finding = figure(judged(make_entry(rounds=1), make_entry(rounds=1, tpot=tpot)), "tpot")
+    assert finding.word == "noise"
+    assert "too few runs" in finding.reason
+
+
+def test_no_change_in_too_few_runs_is_ok() -> None:
+    assert set(words(judged(make_entry(rounds=1), make_entry(rounds=1))).values()) == {"ok"}
+
+
+def test_more_bytes_are_a_regression() -> None:
+    before = make_entry(parts=("memory",))
+    assert before.memory is not None
+    more = changed(before, "memory", candidate_cache_bytes=before.memory.candidate_cache_bytes * 105 // 100)
+    verdict = judged(before, more)
+    assert verdict.word == "regressed"
+    assert verdict.reason.startswith("bytes +5.0 %")
+    assert "0.5 %" in verdict.reason
+    assert words(judged(more, before)) == {"bytes": "improved"}
+
+
+def test_quality_is_paired_token_by_token() -> None:
+    before = make_entry(parts=("quality",), ppl=2.0)
+    assert judged(before, before).word == "ok"
+    worse = judged(before, make_entry(parts=("quality",), ppl=5.0))
+    assert words(worse) == {"ppl": "regressed", "kl": "regressed"}
+    change = figure(worse, "ppl").change
+    assert change is not None
+    assert change.percent == pytest.approx(100 * (1.05 / 1.02 - 1))
+
+
+def test_the_quality_of_other_documents_is_incomparable() -> None:
+    before = make_entry(parts=("memory", "quality"))
+    verdict = judged(before, make_entry(parts=("memory", "quality"), documents=5))
+    assert words(verdict) == {"bytes": "ok", "ppl": "incomparable", "kl": "incomparable"}
+    assert verdict.word == "ok"
+
+
+def test_a_divergence_that_falls_to_nothing_is_no_improvement() -> None:
+    before, never_pruned = make_entry(parts=("quality",)), make_entry(parts=("quality",), ppl=0.0, keep_ratio=1.0)
+    verdict = judged(before, never_pruned)
+    assert words(verdict)["kl"] == "regressed"
+    assert "fell to 0" in figure(verdict, "kl").reason
+    back = judged(never_pruned, before)
+    assert words(back)["kl"] == "regressed"
+    assert "was 0" in figure(back, "kl").reason
+
+
+def test_times_and_bytes_that_are_no_number_are_incomparable() -> None:
+    sound = make_entry()
+    assert sound.latency is not None
+    runs = tuple(run.model_copy(update={"ttft_s": float("nan")}) for run in sound.latency.candidate)
+    broken = changed(changed(sound, "latency", candidate=runs), "memory", candidate_cache_bytes=0)
+    found = words(judged(broken, sound))
+    assert (found["ttft"], found["bytes"], found["tpot"]) == ("incomparable", "incomparable", "ok")
+
+
+def test_entries_without_a_figure_in_common_are_incomparable() -> None:
+    verdict = judged(make_entry(parts=("memory",)), make_entry(parts=("quality",)))
+    assert (verdict.word, verdict.findings) == ("incomparable", ())
+
+
+def test_a_prefill_alone_has_a_ttft_and_no_more() -> None:
+    verdict = judged(make_entry(parts=("latency",), new_tokens=1), make_entry(parts=("latency",), new_tokens=1))
+    assert words(verdict) == {"ttft": "ok", "ttft_s": "ok"}
+
+
+def test_thresholds() -> None:
+    before, now = make_entry(parts=("quality",), ppl=2.0), make_entry(parts=("quality",), ppl=5.0)
+    assert judged(before, now, ppl=10.0, kl=1000.0).word == "ok"
+    assert read_thresholds("") == THRESHOLDS
+    assert read_thresholds(" tpot=8, kl=0 ") == {**THRESHOLDS, "tpot": 8.0, "kl": 0.0}
+    assert read_thresholds("kl=2", {"kl": 1.0, "ppl": 7.0}) == {"kl": 2.0, "ppl": 7.0}
+
+
+@pytest.mark.parametrize("wrong", ["speed=3", "tpot", "tpot=-1", "tpot=nan", "tpot=inf", "tpot=x"])
+def test_a_threshold_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(KnormError, match=f"{wrong}.*ttft, tpot"):
+        read_thresholds(f"kl=2,{wrong}")
+
+
+def test_pooled_runs_narrow_the_interval() -> None:
+    entries = [make_entry(noise=0.05, seed=seed, rounds=5) for seed in range(8)]
+    one = figure(judge(entries[:1], entries[4:5], THRESHOLDS, ""), "tpot").change
+    four = figure(judge(entries[:4], entries[4:], THRESHOLDS, ""), "tpot").change
+    assert one is not None
+    assert four is not None
+    assert four.ends[1] - four.ends[0] < one.ends[1] - one.ends[0]
+
+
+def test_of_what_does_not_vary_the_newest_stands() -> None:
+    old, new = make_entry(parts=("memory",)), make_entry(parts=("memory",), keep_ratio=0.5)
+    assert judge([old, new], [old, new], THRESHOLDS, "").word == "ok"
+    assert judge([new, old], [new], THRESHOLDS, "").word == "improved"
+    assert judge([new], [new, old], THRESHOLDS, "").word == "regressed"
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (["ok", "noise", "improved"], "noise"),
+        (["missing", "regressed", "new"], "regressed"),
+        (["noise", "incomparable"], "incomparable"),
+        (["ok", "new", "no-baseline"], "no-baseline"),
+    ],
+)
+def test_the_worst_word_stands(given: list[Word], word: str) -> None:
+    assert worst(given) == word

@@ -1,0 +1,240 @@
+"""What a report says: verdicts, results, controls and the history, in words. No chart is drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knormpress.errors import KnormError
+from knormpress.records.history import History
+from knormpress.records.plan import Plan
+from knormpress.records.schema import Record
+from knormpress.show.page import report
+from knormpress.show.page.markdown import render_markdown
+from knormpress.show.page.parts import Charts, Heading, Section, Statements, Table, Words
+from knormpress.show.page.report import build_sections
+from knormpress.show.page.settings import families
+from knormpress.show.page.words import DEFINITIONS, interval
+from knormpress.stats.intervals import Change
+from tests.entry_factory import make_entry
+from tests.plan_factory import make_plan
+from tests.record_factory import make_record, make_records
+
+NOTHING = History(())
+
+
+@pytest.fixture(autouse=True)
+def _no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "chart_blocks", lambda families: ())
+
+
+class Report:
+    """The sections of a report by their identifiers, and each as Markdown."""
+
+    def __init__(self, records: Sequence[Record] = (), history: History = NOTHING, plans: Sequence[Plan] = ()) -> None:
+        self.sections = {section.identifier: section for section in build_sections(records, history, plans=plans)}
+
+    def __getitem__(self, identifier: str) -> str:
+        return render_markdown([self.sections[identifier]])
+
+
+def stored(*tpots: float) -> History:
+    """A run for each change of TPOT, one a day."""
+    return History(
+        tuple(
+            make_entry(run=f"r{n}", commit=None, created=f"2026-01-0{n + 1}", noise=0.002, tpot=tpot)
+            for n, tpot in enumerate(tpots)
+        )
+    )
+
+
+def test_verdicts_come_first_and_in_plain_words() -> None:
+    told = Report(make_records([1.0, 0.9, 0.5]))
+    assert list(told.sections) == ["verdicts", "results", "controls", "environment", "definitions", "numbers"]
+    assert "At keep ratio 0.9 perplexity rises by 1.4 % (+0.6 to +2.1): within ±5 %." in told["verdicts"]
+    assert "Perplexity stays within ±5 %: met at 0.9; not met at 0.5." in told["verdicts"]
+    assert "At keep ratio 0.9 the guide claims \N{MINUS SIGN}87 %; measured" in told["verdicts"]
+    assert "- Why: " in told["verdicts"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"ppl": 4.5}, "the interval crosses the limit"),
+        ({"rounds": 2}, "too few runs"),
+        ({"ppl": -3.0, "noise": 0.0}, "perplexity falls by 3.0 %"),
+        ({"ttft": 0.0, "noise": 0.0}, "time to first token does not change (0.0 to 0.0)"),
+    ],
+)
+def test_how_sure_a_verdict_is_is_said(parameters: dict[str, Any], named: str) -> None:
+    assert named in Report([make_record(0.9, **parameters)])["verdicts"]
+
+
+def test_records_of_the_full_cache_alone_have_nothing_to_judge() -> None:
+    told = Report([make_record(1.0, method="full")])
+    (block,) = told.sections["verdicts"].blocks
+    assert isinstance(block, Words)
+
+
+def test_records_that_differ_are_grouped_and_the_difference_named() -> None:
+    records = [
+        *make_records([0.9, 0.5]),
+        make_record(0.9, prompt_tokens=8192),
+        make_record(0.9, prompt_tokens=8192, device="cuda"),
+        make_record(0.5, method="random"),
+    ]
+    told = Report(records)
+    assert "prompt tokens (1,024 and 8,192)" in told["results"]
+    assert "method (knorm and random)" in told["results"]
+    assert len(families(records)) == 3
+    tables = [block for block in told.sections["results"].blocks if isinstance(block, Table) and not block.folded]
+    assert [[(row[0], row[1]) for row in table.rows] for table in tables] == [
+        [("0.9", "knorm"), ("0.5", "knorm"), ("0.5", ("random", "control"))],
+        [("0.9", "knorm")],
+        [("0.9", "knorm")],
+    ]
+    assert "knorm, device cuda" in told["verdicts"]
+
+
+def test_every_figure_of_a_record_is_in_its_tables() -> None:
+    record = make_record(0.9)
+    latency, memory, quality = record.latency, record.memory, record.quality
+    changes, figures = (block for block in Report([record]).sections["results"].blocks if isinstance(block, Table))
+    shown = [cell if isinstance(cell, str) else cell[0] for cell in changes.rows[0]]
+    expected = [str(change) for change in (latency.ttft, latency.tpot, latency.throughput, quality.ppl)]
+    assert [text.replace("\N{MINUS SIGN}", "-") for text in shown[2:6]] == expected
+    assert shown[6:] == [
+        f"{quality.kl:.3f}",
+        f"{quality.top1 * 100:.1f} %",
+        f"{memory.candidate_cache_bytes / 1e6:.1f}",
+    ]
+    pairs = [tuple(map(float, cell)) for cell in figures.rows[0][2:]]
+    full, pruned = latency.baseline_speed, latency.candidate_speed
+    for pair, name, unit in zip(
+        pairs, ("ttft_s", "tpot_s", "gap_p50_s", "gap_p90_s", "throughput"), (1, 1e3, 1e3, 1e3, 1), strict=False
+    ):
+        assert pair == pytest.approx((getattr(full, name) * unit, getattr(pruned, name) * unit), rel=0.005)
+    assert pairs[5] == pytest.approx((quality.baseline_ppl, quality.candidate_ppl), rel=0.005)
+
+
+def test_a_later_record_of_a_cell_replaces_the_earlier() -> None:
+    results = Report([make_record(0.9, ppl=3.0), make_record(0.9, ppl=4.0)])["results"]
+    assert "+4.0 %" in results
+    assert "+3.0 %" not in results
+
+
+def with_kl(record: Record, kl: float) -> Record:
+    documents = tuple(score.model_copy(update={"kl": kl}) for score in record.quality.documents)
+    return record.model_copy(update={"quality": record.quality.model_copy(update={"documents": documents})})
+
+
+@pytest.mark.parametrize(
+    ("records", "word"),
+    [
+        ([make_record(0.7), make_record(0.7, method="random", ppl=60.0)], "seen to be worse"),
+        ([make_record(0.7), make_record(0.7, method="random", ppl=2.0)], "not seen to be worse"),
+        ([make_record(0.7), make_record(0.5, method="random")], "alone"),
+        ([make_record(0.7), make_record(0.7, method="random", fingerprint="0" * 64)], "alone"),
+        ([make_record(1.0)], "as it must be"),
+        ([make_record(1.0, method="full")], "noise"),
+        ([with_kl(make_record(1.0), 0.1)], "broken"),
+        ([with_kl(make_record(0.5), 0.0)], "not pruned"),
+    ],
+)
+def test_controls(records: list[Record], word: str) -> None:
+    assert f"- **{word}**:" in Report(records)["controls"]
+
+
+def test_controls_of_several_prompt_lengths_are_told_apart() -> None:
+    told = Report([make_record(1.0, prompt_tokens=tokens) for tokens in (512, 2048)])
+    blocks = told.sections["controls"].blocks
+    assert [block.text if isinstance(block, Heading) else type(block) for block in blocks[:4]] == [
+        "With prompt tokens 512, context tokens 512",
+        Statements,
+        "With prompt tokens 2,048, context tokens 2,048",
+        Statements,
+    ]
+
+
+def test_a_control_that_was_not_measured_is_missed() -> None:
+    assert "--method random" in Report([make_record(0.9)])["controls"]
+    assert "--method random" not in Report([make_record(0.9), make_record(0.9, method="random")])["controls"]
+
+
+def test_the_environment_names_all_that_occurs() -> None:
+    environment = Report([make_record(0.9), make_record(0.9, device="cuda", prompt_tokens=2048)])["environment"]
+    for part in ("cpu (Synthetic", "cuda (Synthetic", "1,024 tokens in one pass", "2,048 tokens in one pass", "f" * 12):
+        assert part in environment
+
+
+def test_the_newest_run_that_regressed_is_told_of_and_marked() -> None:
+    told = Report(history=stored(-20.0, -20.0, 10.0))
+    assert "1 regressed" in told["verdicts"]
+    assert "| 1.100 (regressed) |" in told["history"]
+    (charts,) = [block for block in told.sections["history"].blocks if isinstance(block, Charts)]
+    tpot = next(chart for chart in charts.charts if chart.title.startswith("Time per output"))
+    assert "Regressed: test 1 at no git (1." in tpot.words
+    assert "Regressed: none." in charts.charts[0].words
+    rings = [line for line in tpot.figure.axes[0].lines if line.get_markersize() == 10]
+    assert [list(line.get_xdata()) for line in rings] == [[2]]  # type: ignore[arg-type]
+
+
+def test_a_regression_that_an_earlier_run_found_stays_marked() -> None:
+    entries = list(stored(-20.0, -20.0, -20.0).entries)
+    assert "(regressed)" not in Report(history=History(tuple(entries)))["history"]
+    entries[1] = entries[1].model_copy(update={"verdicts": {"bytes": "regressed"}})
+    assert "(regressed)" in Report(history=History(tuple(entries)))["history"]
+
+
+def test_a_test_measured_under_other_conditions_gets_a_line_of_its_own() -> None:
+    other = make_entry(run="r2", created="2026-01-05", commit=None, prompt_tokens=2048)
+    assert "| 2 | tests/test\\_x.py" in Report(history=History((*stored(-20.0).entries, other)))["history"]
+
+
+def test_entries_without_a_figure_are_drawn_as_far_as_they_go() -> None:
+    entries = tuple(
+        make_entry(run=f"r{n}", test=f"test_{part}", parts=(part,), commit=None)
+        for n, part in enumerate(("latency", "memory", "quality"))
+    )
+    told = Report(history=History(entries))["history"]
+    assert "none" in told
+    assert "nan" not in told
+
+
+def test_a_history_that_git_does_not_know_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    entries = (make_entry(run="a"), make_entry(run="b", created="2026-05-01T00:00:00+00:00"))
+    assert "can't be judged" in Report(history=History(entries))["verdicts"]
+
+
+def test_a_plan_has_its_table_and_its_pictures() -> None:
+    plan = make_plan()
+    section: Section = Report(plans=[plan]).sections["plans"]
+    (table,) = (block for block in section.blocks if isinstance(block, Table))
+    assert len(table.rows) == len(plan.frontier)
+    assert sum("(the plan)" in row[0] for row in table.rows) == 1
+    (charts,) = (block for block in section.blocks if isinstance(block, Charts))
+    assert len(charts.charts) == 3
+
+
+def test_several_lengths_are_drawn_against_the_context() -> None:
+    records = [make_record(0.5, prompt_tokens=tokens) for tokens in (512, 2048)]
+    (charts,) = Report(records).sections["charts"].blocks
+    assert isinstance(charts, Charts)
+    (chart,) = charts.charts
+    assert "2,048 tokens, keep ratio 0.5: " in chart.words
+    assert "charts" not in Report(records[:1]).sections
+
+
+def test_nothing_at_all_is_refused() -> None:
+    with pytest.raises(KnormError, match="knormpress sweep"):
+        Report()
+
+
+def test_an_interval_is_read_aloud() -> None:
+    assert interval(Change(1.0, -0.5, 2.0)) == "\N{MINUS SIGN}0.5 to +2.0"
+    assert interval(Change(1.0, None, None)) == "no interval"
+    assert {name for name, _ in DEFINITIONS.pairs} >= {"TTFT", "TPOT", "PPL"}

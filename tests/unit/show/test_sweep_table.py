@@ -1,0 +1,134 @@
+"""The tables of a sweep as they are printed: in 80 columns, with every change, interval and verdict."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from knormpress.compare.promises import judge_claims
+from knormpress.records.schema import Record
+from knormpress.show.sweep_table import WIDTH, cautions, print_tables
+from tests.record_factory import make_record, make_records
+
+ALL = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.05)
+
+
+def printed(records: Iterable[Record], **options: Any) -> str:
+    file = io.StringIO()
+    print_tables(records, Console(file=file, **options))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("width", "ratios"), [(80, ALL), (80, (0.9,)), (132, (1.0, 0.7)), (400, ALL)])
+def test_it_fits_80_columns_and_nothing_is_cut_short(width: int, ratios: tuple[float, ...]) -> None:
+    text = printed(make_records(ratios, ttft_cold_s=1.7, prompt_tokens=131_072), width=width, force_terminal=True)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert max(map(len, plain.splitlines())) <= WIDTH
+    assert "\N{HORIZONTAL ELLIPSIS}" not in plain
+
+
+def test_piped_it_has_no_colour_codes_and_80_columns_whatever_the_terminal_is() -> None:
+    text = printed(make_records(ALL), width=200)
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_on_a_terminal_met_and_not_met_differ_in_colour_too() -> None:
+    text = printed(make_records(ALL), force_terminal=True, color_system="standard")
+    assert "\x1b[31mnot met" in text
+    assert "\x1b[32mmet" in text
+
+
+def test_every_change_stands_with_its_interval() -> None:
+    record = make_record(0.7)
+    text = printed([record])
+    for change in (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl):
+        assert str(change) in text
+        assert change.interval in text
+    assert "33.5" in text
+    assert "47.2 MB when nothing is pruned" in text
+
+
+def test_the_heading_says_what_was_measured() -> None:
+    text = printed([make_record(0.9, prefill_chunk=256)])
+    for words in (
+        "SmolLM2-135M-Instruct, float32",
+        "WikiText-2 test",
+        "cpu (Synthetic CPU @ 2.50 GHz), threads: 2",
+        "prompt of 1,024 tokens in chunks of 256, 64 new tokens",
+        "4 samples",
+    ):
+        assert words in " ".join(text.split())
+
+
+def test_verdicts_are_words() -> None:
+    text = printed(make_records([1.0, 0.9]))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    record = make_record(0.9)
+    ttft, ppl = record.latency.ttft, record.quality.ppl
+    assert f"target TTFT 0.9 <= -80 % {ttft} {ttft.interval} not met" in lines
+    assert f"target PPL 0.9 +-5 % {ppl} {ppl.interval} met" in lines
+    assert f"claim TTFT 0.9 -87 % {ttft} {ttft.interval} not met" in lines
+    assert f"claim PPL 0.9 +-0 % {ppl} {ppl.interval} not met" in lines
+
+
+def test_a_reason_is_given_once_and_only_for_a_claim_that_is_not_met() -> None:
+    records = make_records([0.9, 0.8, 0.7], ttft_cold_s=1.7)
+    text = " ".join(printed(records).split())
+    reasons = dict.fromkeys(judgement.why for judgement in judge_claims(records) if judgement.why)
+    assert {" ".join(why.split()): text.count(why) for why in reasons} == dict.fromkeys(reasons, 1)
+    met = printed([make_record(0.9, ttft=-88.0, ppl=0.0, noise=0.0)])
+    assert "Why a claim" not in met
+
+
+def test_a_sweep_that_drops_nothing_has_no_verdicts() -> None:
+    assert "verdict" not in printed([make_record(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"rounds": 6, "documents": 10}, []),
+        ({"rounds": 5, "documents": 10}, ["6 pairs"]),
+        ({"rounds": 6, "documents": 9}, ["10 samples"]),
+        ({"rounds": 5, "documents": 9}, ["6 pairs", "10 samples"]),
+    ],
+)
+def test_what_is_few_is_said_to_be_few(parameters: dict[str, int], named: list[str]) -> None:
+    record = make_record(**parameters)
+    told = cautions([make_record(rounds=20, documents=20), record])
+    assert len(told) == len(named)
+    assert all(name in sentence for name, sentence in zip(named, told, strict=True))
+    assert "\n".join(told)[:40] in printed([record])
+
+
+def test_a_machine_whose_speed_moved_is_told_of() -> None:
+    record = make_record(rounds=20, documents=20)
+    moved = record.latency.model_copy(update={"calibration_s": (0.01, 0.012)})
+    (told,) = cautions([record, record.model_copy(update={"latency": moved})])
+    assert "20 %" in told
+
+
+def test_without_an_interval_there_is_none() -> None:
+    assert "no interval" in printed([make_record(rounds=2)])
+
+
+def test_one_table_for_each_setting() -> None:
+    records = [*make_records([0.9, 0.8]), *make_records([0.9], prompt_tokens=512), make_record(0.9, device="cuda")]
+    text = printed(records)
+    assert text.count("KnormPress: knorm") == 3
+    assert text.index("prompt of 1,024") < text.index("prompt of 512") < text.index("cuda (")
+
+
+def test_a_cold_call_measured_in_another_setting_is_told_of_too() -> None:
+    text = printed([make_record(0.9, prompt_tokens=512), make_record(1.0, method="full", ttft_cold_s=2.5)])
+    assert "here 2.5 s cold" in " ".join(text.split())
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    assert "model[bold]/x[/bold]" in printed([make_record(model_name="model[bold]/x[/bold]")])

@@ -1,0 +1,52 @@
+"""The fast measurements of the search: against the full ones, and with the pass below a layer replayed."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from knormpress import KnormPress
+from knormpress.measure.passkeys import passkey_prompts
+from knormpress.measure.prefill import prefill
+from knormpress.measure.quality import score_document
+from knormpress.tune.probes import Probes
+from tests.strategies import tiny_model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt-neox"])
+def test_the_probes_measure_what_the_quality_is_measured_by(family):
+    model = tiny_model(family)
+    ids = torch.randint(2, 60, (1, 128 + 33), generator=torch.Generator().manual_seed(2))
+    press = KnormPress(layer_keep_ratios=(1.0, 0.5, 0.3), prune_after=64)
+    nearly = replace(press, layer_keep_ratios=(1.0, 0.5, 0.8))
+    (found,) = score_document(model, ids, [press], context=128)
+    rise = statistics.fmean(found.candidate_nll) - statistics.fmean(found.baseline_nll)
+    with Probes.open(model, [ids], [], context=128) as probes:
+        damage = probes.measure(press)
+        assert damage.kl == pytest.approx(found.kl, rel=1e-3, abs=1e-7)
+        assert damage.nll == pytest.approx(rise, rel=1e-3, abs=1e-6)
+        assert (damage.key_nll, damage.found) == (0.0, 1.0)
+        assert probes.around(nearly)(press, 2) == damage
+        assert probes.measure(nearly) != damage
+
+
+def test_keys_that_the_full_cache_does_not_find_are_left_out(bench):
+    prompts = passkey_prompts(bench.tokenizer, bench.start, count=3, which="calibration", device=torch.device("cpu"))
+    cache, key = DynamicCache(config=bench.model.config), []
+    with torch.inference_mode():
+        prefill(bench.model, prompts[1].text, cache)
+        token = prefill(bench.model, prompts[1].question, cache).argmax(-1)
+        for _ in range(3):
+            key.append(int(token))
+            token = prefill(bench.model, token[None], cache).argmax(-1)
+    findable, ticks = replace(prompts[1], key=torch.tensor(key)), []
+    texts, asked = bench.documents(length=512 + 33, count=1), [prompts[0], findable, prompts[2]]
+    with Probes.open(bench.model, texts, asked, context=512, after_each=lambda: ticks.append(1)) as probes:
+        assert len(ticks) == 4
+        assert probes.passkeys == 1
+        assert probes.measure(KnormPress(1.0)).found == 1.0
+        assert probes.measure(KnormPress(0.05)).key_nll != 0.0
