@@ -38,20 +38,27 @@ def tiny(model_folder: Path) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs in a folder of its own, outside of any repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def swept(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Swept:
     """A sweep over the keep ratios 1.0 and 0.5."""
     folder = tmp_path_factory.mktemp("swept")
     command = ["sweep", *tiny, "--prune_after", "16", "--skip_layers", "none", "--keep_ratios", "1.0,0.5"]
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-        assert main([*command, "--output", str(folder)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            assert main([*command, "--output", str(folder)]) == 0
     return Swept(command, folder / "results.jsonl", out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fails:
-    """Runs a command that must fail, in a folder whose files it must leave as they are, and returns its one line."""
-    monkeypatch.chdir(tmp_path)
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs a command that must fail and leave the folder's files as they are, and returns its one line."""
 
     def files() -> dict[Path, bytes]:
         return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}

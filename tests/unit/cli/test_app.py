@@ -139,7 +139,6 @@ def test_pictures_are_drawn_beside_what_they_are_of_or_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: path.touch())
-    monkeypatch.chdir(tmp_path)
     folder = Path("pictures" if options else "made")
     swept.copied(tmp_path)
     Path("made").mkdir()
@@ -163,7 +162,6 @@ def test_the_guides_scripts(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the guide types them, one after the other."""
-    monkeypatch.chdir(tmp_path)
     small = ["--prune_after", "16", "--skip_layers", "0", "--keep_ratios", "1.0,0.5"]
     for script, options in (("baseline_test", tiny), ("optimized_test", [*tiny, *small]), ("visualize_results", [])):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *options])

@@ -21,8 +21,7 @@ from tests.unit.cli.conftest import Fails
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_quick_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _quick_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "inline_svg", lambda chart, identifier: Markup("<svg></svg>"))
 
 

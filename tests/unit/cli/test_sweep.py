@@ -83,9 +83,8 @@ def test_a_baseline_is_the_full_cache_and_its_noise(
 
 
 @pytest.fixture
-def long(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def long(tiny: list[str]) -> list[str]:
     """A sweep of four cells into the current folder."""
-    monkeypatch.chdir(tmp_path)
     return ["sweep", *tiny, "--rounds", "6", "--keep_ratios", "0.9,0.8,0.7,0.6", "--prune_after", "16"]
 
 

@@ -22,9 +22,8 @@ def tune(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 
 
 def test_a_search_that_was_stopped_goes_on_and_prints_its_plan(
-    tune: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tune: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     notes = Path("plan.json.search.jsonl")
 
     def interrupt(*_: object) -> None:
