@@ -41,7 +41,7 @@ def ancestors(commit: str, folder: Path | None = None) -> list[str]:
     """``commit`` and all its ancestors, the nearest first, in the repository of ``folder`` or the current directory.
 
     The distance to an ancestor is the longest path to it. So a commit never comes before its descendants, and the two
-    sides of a merge alternate, the first parent's side first.
+    sides of a merge alternate.
 
     Raises:
         KnormError: the repository does not have this commit.

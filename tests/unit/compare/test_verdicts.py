@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -158,6 +159,16 @@ def test_times_and_bytes_that_are_no_number_are_incomparable() -> None:
     broken = changed(changed(sound, "latency", candidate=runs), "memory", candidate_cache_bytes=0)
     found = words(judged(broken, sound))
     assert (found["ttft"], found["bytes"], found["tpot"]) == ("incomparable", "incomparable", "ok")
+
+
+@pytest.mark.parametrize("figures", [{"kl": math.nan}, {"candidate_nll": (math.nan,) * 256}])
+def test_a_quality_that_is_no_number_is_never_ok(figures: dict[str, Any]) -> None:
+    sound = make_entry(parts=("memory", "quality"))
+    assert sound.quality is not None
+    documents = tuple(document.model_copy(update=figures) for document in sound.quality.documents)
+    broken = changed(sound, "quality", documents=documents)
+    assert judged(sound, broken).word == "regressed"
+    assert words(judged(broken, sound)) == {"bytes": "ok", "ppl": "incomparable", "kl": "incomparable"}
 
 
 def test_entries_without_a_figure_in_common_are_incomparable() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,13 +33,6 @@ def test_entries_are_in_the_order_of_their_making(tmp_path: Path) -> None:
     for run, day in (("a", 2), ("b", 1), ("c", 3)):
         store(tmp_path, make_entry(run=run, created=f"2026-01-0{day}"))
     assert [entry.run for entry in History.read(tmp_path).entries] == ["b", "a", "c"]
-
-
-def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    entries = [make_entry(run=f"run-{n % 3}", test=f"t.py::{n}", parts=("memory",)) for n in range(24)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda entry: store(tmp_path, entry), entries))
-    assert len(History.read(tmp_path).entries) == 24
 
 
 def test_the_files_of_pytest_benchmark_are_read_too(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from knormpress.errors import KnormError
 from knormpress.records.history import History
 from knormpress.records.jsonl import read_records
 from knormpress.records.schema import Record
@@ -192,12 +191,3 @@ def test_a_kill_while_writing_leaves_the_old_files_whole(tmp_path: Path, monkeyp
             write_report([make_record(0.9)], NOTHING, page, markdown)
     assert page.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
-
-
-@pytest.mark.usefixtures("_quick_charts")
-@pytest.mark.parametrize("place", [".", "file/x.html"])
-def test_a_place_that_cannot_be_written_is_named(place: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(KnormError, match="file" if "/" in place else "folder"):
-        write_report([make_record(0.9)], NOTHING, tmp_path / place, tmp_path / "r.md")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

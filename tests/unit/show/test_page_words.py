@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from knormpress.errors import KnormError
 from knormpress.records.history import History
 from knormpress.records.plan import Plan
 from knormpress.records.schema import Record
@@ -17,7 +16,7 @@ from knormpress.show.page.markdown import render_markdown
 from knormpress.show.page.parts import Charts, Heading, Section, Statements, Table, Words
 from knormpress.show.page.report import build_sections
 from knormpress.show.page.settings import families
-from knormpress.show.page.words import DEFINITIONS, interval
+from knormpress.show.page.words import interval
 from knormpress.stats.intervals import Change
 from tests.entry_factory import make_entry
 from tests.plan_factory import make_plan
@@ -229,12 +228,6 @@ def test_several_lengths_are_drawn_against_the_context() -> None:
     assert "charts" not in Report(records[:1]).sections
 
 
-def test_nothing_at_all_is_refused() -> None:
-    with pytest.raises(KnormError, match="knormpress sweep"):
-        Report()
-
-
 def test_an_interval_is_read_aloud() -> None:
     assert interval(Change(1.0, -0.5, 2.0)) == "\N{MINUS SIGN}0.5 to +2.0"
     assert interval(Change(1.0, None, None)) == "no interval"
-    assert {name for name, _ in DEFINITIONS.pairs} >= {"TTFT", "TPOT", "PPL"}
