@@ -66,8 +66,13 @@ def read(model: Any, tokenizer: Any, press: KnormPress, document: Path, save: Pa
     start = time.perf_counter()
     cache = KnormCache(model, press)
     head = template(tokenizer, f"{text}\n\n{SEAM}").rpartition(SEAM)[0]
+    ids, most = encode(model, tokenizer, head), model.config.max_position_embeddings
+    if ids.shape[1] > most:
+        raise KnormError(
+            f"{document} has {ids.shape[1]} tokens, and the model {most} positions; give a shorter document"
+        )
     with torch.inference_mode():
-        prefill(model, encode(model, tokenizer, head), cache)
+        prefill(model, ids, cache)
     cache.save(save)
     seconds = time.perf_counter() - start
     print(f"{document}: {cache.get_seq_length()} tokens read, pruned and saved to {save} in {seconds:.2f} s")

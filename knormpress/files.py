@@ -7,7 +7,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacing"]
+from knormpress.errors import KnormError
+
+__all__ = ["make_folder", "make_room", "replacing"]
+
+
+def make_room(path: Path) -> None:
+    """Make the folder of ``path``, so that a file can be written there later.
+
+    Raises:
+        KnormError: there is a folder at ``path``, or its own folder can't be made or written to.
+    """
+    if path.is_dir():
+        raise KnormError(f"{path} is a folder; name a file to write to")
+    make_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` if it is missing.
+
+    Raises:
+        KnormError: it can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KnormError(f"nothing can be written to {folder} ({error.strerror}); name another place") from error
+    if not os.access(folder, os.W_OK):
+        raise KnormError(f"nothing can be written to {folder}: it is read-only; name another place")
 
 
 @contextmanager

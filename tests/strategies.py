@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from knormpress import KnormPress
+from knormpress.cache.score import StoredTokens
 
 VOCABULARY = 97
 
@@ -128,3 +129,8 @@ def passes(draw: st.DrawFn, most: int = 6) -> list[int]:
     """How many tokens each forward pass brings: prefill chunks, single tokens and second turns mixed."""
     sizes = st.one_of(st.just(1), st.integers(2, 20))
     return draw(st.lists(sizes, min_size=1, max_size=most))
+
+
+def held(keys: torch.Tensor) -> StoredTokens:
+    """What a layer holds that has stored ``keys`` (B, H, n, D) and dropped none; values like the keys."""
+    return StoredTokens(keys, keys, torch.arange(keys.shape[2]).expand(keys.shape[:3]), 0)

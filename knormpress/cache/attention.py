@@ -13,8 +13,11 @@ Shapes: B rows, H key-value heads, A attention heads (A = H * groups), q new tok
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -23,7 +26,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["PLAIN", "chunk_attention", "disable", "enable", "split_attention"]
+__all__ = ["PLAIN", "chunk_attention", "enable", "split_attention", "why_off"]
+
+logger = logging.getLogger(__name__)
 
 PLAIN = "knorm_plain"
 """Keyword argument for ``sdpa``: the mask, if there is one, is causal among the new tokens and hides nothing else."""
@@ -88,8 +93,15 @@ def chunk_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
     """The attention output (B, H, q, D), and the log-sum-exp (B, H, q) of its scores."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    operator = _flash_operator()
+    assert operator is not None
+    out, lse = operator(query, key, value, 0.0, causal, scale=scale)
     return out, lse
+
+
+def _flash_operator() -> Any:
+    """The operator that also returns the log-sum-exp; private in torch, so that a release may lack it."""
+    return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def _pieces(batch: int, heads: int, tokens: int) -> int:
@@ -135,23 +147,46 @@ def _attend(  # noqa: PLR0917 - the signature of transformers' attention functio
     return result
 
 
-_users = 0
-_lock = threading.Lock()
+# Who wants the functions above. What is registered follows from this set, so that a finalizer may run at any moment.
+_users: set[int] = set()
+_numbers = itertools.count()
+_lock = threading.RLock()
+_warned = False
 
 
-def enable() -> None:
-    """Register the functions as ``sdpa``, unless another library has registered its own there."""
-    global _users  # noqa: PLW0603
+def enable(user: object) -> None:
+    """Register the functions as ``sdpa`` for as long as ``user`` lives, unless another library has registered its own.
+
+    Where they can't be used, transformers' own or the other library's attention is; the results are the same. This is
+    logged once.
+    """
+    number = next(_numbers)
+    _users.add(number)
+    weakref.finalize(user, _disable, number)
+    _settle()
+
+
+def why_off() -> str | None:
+    """Why the functions can't be used in this process; None if they can."""
+    if _flash_operator() is None:
+        return f"torch {torch.__version__} has no CPU flash attention operator"
+    used = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if used in (sdpa_attention_forward, _attend):
+        return None
+    return f"{getattr(used, '__module__', 'another library')} has replaced transformers' sdpa attention"
+
+
+def _disable(number: int) -> None:
+    _users.discard(number)
+    _settle()
+
+
+def _settle() -> None:
+    global _warned  # noqa: PLW0603
     with _lock:
-        _users += 1
-        if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:
-            AttentionInterface.register("sdpa", _attend)
-
-
-def disable() -> None:
-    """Undo one ``enable``; the last call restores transformers' own function."""
-    global _users  # noqa: PLW0603
-    with _lock:
-        _users -= 1
-        if not _users and ALL_ATTENTION_FUNCTIONS["sdpa"] is _attend:
-            AttentionInterface.register("sdpa", sdpa_attention_forward)
+        reason = why_off()
+        if reason is None:
+            AttentionInterface.register("sdpa", _attend if _users else sdpa_attention_forward)
+        elif _users and not _warned:
+            _warned = True
+            logger.warning("the faster attention is off, results are the same: %s", reason)

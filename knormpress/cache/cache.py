@@ -7,6 +7,8 @@ are those of the full cache with the dropped positions masked.
 
 from __future__ import annotations
 
+import copy
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +18,18 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from knormpress.cache.layer import KnormLayer, LayerStats, Score, TokenLog, layer_stats
-from knormpress.cache.masks import MaskedCache, MaskHooks, SharedMask, flex_mask, layer_mask, real_tokens
-from knormpress.cache.pruning import key_norms
-from knormpress.cache.saving import is_score, read_state, score_name, write_state
+from knormpress.cache.hooks import MaskedCache, MaskHooks
+from knormpress.cache.layer import KnormLayer, LayerStats, TokenLog, layer_stats
+from knormpress.cache.masks import SharedMask, flex_mask, layer_mask, real_tokens
+from knormpress.cache.saving import is_score, read_state, write_state
+from knormpress.cache.score import Score, expect_score, key_norms, name_of
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 
 __all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class KnormCache(MaskedCache):
@@ -48,6 +54,11 @@ class KnormCache(MaskedCache):
     def __init__(
         self, model: PreTrainedModel, press: Policy, score: Score = key_norms, *, offloading: bool = False
     ) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(press, Policy):
+            raise KnormError(
+                f"KnormCache got {_short(model)} as the model and {_short(press)} as the press; wanted a loaded model "
+                "and a KnormPress, in this order"
+            )
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
             raise KnormError(f"{type(model).__name__} is an encoder-decoder; KnormPress prunes decoder-only models")
@@ -67,6 +78,7 @@ class KnormCache(MaskedCache):
                 "use a model with some full-attention layers"
             )
         ratios = press.ratios(len(layers))
+        expect_score(score)
         self.hooks = MaskHooks.on(model)
         if not self.hooks.layers.issuperset(prunable):
             raise KnormError(
@@ -83,8 +95,11 @@ class KnormCache(MaskedCache):
         self.score = score
         self._config = config
         self._announced: int | None = None
-        self._pass = SharedMask.none(causal=False)
+        # The shared mask of the pass under way, on each device that it was moved to.
+        self._passes: dict[torch.device | None, SharedMask] = {}
 
+    # Pruning reads numbers back to the host, which torch.compile can't trace.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -119,26 +134,31 @@ class KnormCache(MaskedCache):
                 f"layer {index} has seen {layer.seen} tokens, others {self.log.seen}: an earlier forward pass broke "
                 "off; reset() the cache and start again"
             )
-        if self._pass.mask() is not mask or self.log.seen == layer.seen:
-            self._pass = self._new_pass(mask, layer.seen, new)
-        if self.log.seen == layer.seen:
+        is_first = self.log.seen == layer.seen
+        if is_first:
+            self._passes.clear()
+        device = getattr(mask, "device", None)
+        shared = self._passes.get(device)
+        if shared is None or shared.mask() is not mask:
+            shared = self._passes[device] = self._new_pass(mask, layer.seen, new)
+        if is_first:
             self._check_seen(index, new)
-            real = real_tokens(self._pass.dense(), layer.seen, new)
+            real = real_tokens(shared.dense(), layer.seen, new)
             self._check_positions(batch, new, real)
             self.log.extend(batch, new, real)
         self._announced = index
-        plain = self._pass.causal and not layer.holes
+        plain = shared.causal and not layer.holes
         if not layer.pruned_at or (mask is None and plain):
             return mask, plain
         positions = layer.positions
         own_mask = layer_mask(
-            self._pass.dense(),
+            shared.dense(),
             positions,
             seen=layer.seen,
             new=new,
             groups=self._config.num_attention_heads // positions.shape[1],
             holes=layer.holes,
-            plain=self._pass.plain,
+            plain=shared.plain,
         )
         is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
         return (flex_mask(own_mask) if is_flex and own_mask is not None else own_mask), plain
@@ -175,7 +195,7 @@ class KnormCache(MaskedCache):
 
     def _check_nothing_hidden(self, past: Tensor) -> None:
         """Check that a mask of two dimensions hides only padding: it can't differ between heads."""
-        hidden = ~past if self.log.real is None else self.log.real[:, : past.shape[1]] & ~past
+        hidden = ~past if self.log.real is None else self.log.real[:, : past.shape[1]].to(past.device) & ~past
         if any(isinstance(layer, KnormLayer) and layer.pruned_at for layer in self.layers) and bool(hidden.any()):
             raise KnormError(
                 "the attention mask hides tokens that earlier passes attended to, which flash attention can't do per "
@@ -189,11 +209,16 @@ class KnormCache(MaskedCache):
             return
         rotation = getattr(self._config, "rope_parameters", None) or {}
         limit = int(limit * max(1.0, rotation.get("factor") or 1.0))
-        if self.log.seen + new <= limit:
+        if self.log.seen + new <= limit or (rotation and self.hooks.positions_exceeded):
             return
         coming = [new] * batch if real is None else real.expand(batch, -1).sum(dim=1).tolist()
         seen = self.log.counts(batch, 0, self.log.seen)
-        if max(map(sum, zip(seen, coming, strict=True))) > limit:
+        if max(map(sum, zip(seen, coming, strict=True))) <= limit:
+            return
+        if rotation:  # they go on beyond, as with any other cache
+            self.hooks.positions_exceeded = True
+            logger.warning("the model was made for %d positions; beyond them its answers get worse", limit)
+        else:
             raise KnormError(
                 f"{self.log.seen} tokens seen and {new} new ones are more than the model's {limit} positions; "
                 "shorten the prompt or ask for fewer new tokens"
@@ -235,6 +260,10 @@ class KnormCache(MaskedCache):
         Raises:
             KnormError: a layer's state can't be saved (such as linear attention), or the file can't be written.
         """
+        if "<lambda>" in name_of(self.score):
+            raise KnormError(
+                "a lambda has no name that a file could say, so the cache can't be saved; define a function"
+            )
         self._settle()
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
@@ -250,7 +279,7 @@ class KnormCache(MaskedCache):
             tensors["real"] = self.log.real
         state = {
             "press": self.press.as_dict(),
-            "score": score_name(self.score),
+            "score": name_of(self.score),
             "seen": self.log.seen,
             "layers": layers,
         }
@@ -273,8 +302,12 @@ class KnormCache(MaskedCache):
             raise KnormError(f"{path} holds a cache pruned by {state['score']}; load it with that score")
         cache = cls(model, Policy(**state["press"]), score)
         cache.log.seen, cache.log.real = state["seen"], tensors.pop("real", None)
+        devices = cache.hooks.devices
+        if cache.log.real is not None:
+            cache.log.real = cache.log.real.to(devices[min(devices)])
         for index, (layer, counts) in enumerate(zip(cache.layers, state["layers"], strict=True)):
             own = {name.partition(".")[2]: t for name, t in tensors.items() if name.partition(".")[0] == str(index)}
+            own = {name: tensor.to(devices.get(index, model.device)) for name, tensor in own.items()}
             if isinstance(layer, KnormLayer):
                 layer.restore(own, counts)
             elif own and isinstance(layer, DynamicSlidingWindowLayer):
@@ -334,6 +367,15 @@ class KnormCache(MaskedCache):
         if self.log.real is not None:
             self.log.real = self.log.real[indices]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KnormCache:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise KnormError("a KnormCache can't be pickled; use cache.save(path) and KnormCache.load(path, model)")
+
     def _settle(self) -> None:
         """Wait until offloading has moved its layers; only a forward pass does this by itself."""
         if self.offloading:
@@ -353,3 +395,7 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor],
     keys, values = layer.keys, layer.values
     tensors = {} if keys is None or values is None else {"keys": keys, "values": values}
     return tensors, {"seen": layer.cumulative_length}
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, str) else type(value).__name__

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from knormpress.errors import KnormError
 
 __all__ = ["model_fingerprint"]
 
@@ -24,7 +27,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     with torch.inference_mode():
-        for name, weight in sorted(model.state_dict().items()):
+        for name, stored in sorted(model.state_dict().items()):
+            weight = _loaded(model, name) if stored.device.type == "meta" else stored
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             flat = weight.detach().flatten()
             digest.update(flat[_spread(flat.numel()).to(flat.device)].to("cpu", torch.float32).numpy().tobytes())
@@ -35,3 +39,14 @@ def _spread(size: int) -> Tensor:
     """Up to 64 indices from 0 to ``size`` - 1. Integers, since floats can't hold the last index of a large tensor."""
     count = min(_VALUES, size)
     return torch.arange(count) * (size - 1) // max(count - 1, 1)
+
+
+def _loaded(model: PreTrainedModel, name: str) -> Tensor:
+    """The weight ``name``, which accelerate keeps in memory or on disk until its layer computes."""
+    path, _, own = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(path), "_hf_hook", None)
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if getattr(each, "weights_map", None) is not None:
+            weight: Tensor = each.weights_map[own]
+            return weight
+    raise KnormError(f"the weight {name} is not loaded, so the model can't be told from others; load it first")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from knormpress.cache.pruning import budget, gather, select
+from knormpress.cache.score import Score, StoredTokens, scores_of
 from knormpress.cache.tape import Tape
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 
-__all__ = ["KnormLayer", "LayerStats", "Score", "TokenLog", "layer_stats"]
+__all__ = ["KnormLayer", "LayerStats", "TokenLog", "layer_stats"]
 
-Score = Callable[[Tensor, Tensor, int], Tensor]
-"""From keys (B, H, n, D), positions (B, H, n) and the layer's index to scores (B, H, n); the lowest are kept."""
+
+# Of what a full cache holds; beyond it, spare room would cost the memory that pruning saves.
+_MOST_SPARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,9 @@ class KnormLayer(CacheLayerMixin):
         self.expect(batch)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        spare = self._most_spare(key_states, value_states)
         self.keys, self.values = (
-            tape.append(states) for tape, states in zip(self._tapes, (key_states, value_states), strict=True)
+            tape.append(states, spare) for tape, states in zip(self._tapes, (key_states, value_states), strict=True)
         )
         keys, values = self.keys, self.values
         if self.log.seen < self.seen + new:
@@ -275,6 +278,17 @@ class KnormLayer(CacheLayerMixin):
         if "positions" in tensors:
             self._kept = tensors["positions"][:, :, : self.stored - (self.seen - self.pruned_at)].clone()
 
+    def _most_spare(self, keys: Tensor, values: Tensor) -> int:
+        """How many slots of spare room keep this layer within 1.02 times what a full cache holds at this moment.
+
+        A short cache may have none: it is copied for each token, which costs nothing at that length.
+        """
+        seen, stored = self.seen + keys.shape[2], self.stored + keys.shape[2]
+        slot = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+        positions = 0 if self._kept is None else self._kept.shape[-1] * self._kept.element_size()
+        room = (1 + _MOST_SPARE) * seen * slot - stored * slot - positions
+        return max(0, min(int(room // slot), int(_MOST_SPARE * seen)))
+
     def _move(self, device: torch.device | str) -> None:
         if self.is_initialized:
             self.keys, self.values = (tape.to(device) for tape in self._tapes)
@@ -293,16 +307,11 @@ class KnormLayer(CacheLayerMixin):
         if budgets == self._row_stored:
             return
         assert self.keys is not None
+        assert self.values is not None
         positions = self.positions
         real = self._real(positions)
-        scores = self.score(self.keys, positions, self.index)
-        ranked = scores if real is None else scores.masked_fill(~real, 0)
-        # x - x is 0 only if x is finite. This is faster than isfinite, and unlike with min and max no NaN gets lost.
-        if not bool((ranked - ranked == 0).all()):
-            raise KnormError(
-                f"layer {self.index} has keys that are NaN or infinite, so the score can't rank them; "
-                "look for an overflow in the model, or use a wider dtype"
-            )
+        tokens = StoredTokens(self.keys, self.values, self._own_positions(positions, real), self.index)
+        scores = scores_of(self.score, tokens, real)
         slots = select(scores, budgets, real=real, keep_recent=self.press.keep_recent)
         self.holes = min(budgets) < max(budgets)
         # Until tokens have been dropped, a slot's number is its position.
@@ -317,6 +326,14 @@ class KnormLayer(CacheLayerMixin):
             return positions >= 0 if self.holes else None
         real = self.log.real.to(positions.device)[:, None, : self.seen].expand(-1, positions.shape[1], -1)
         return real.gather(-1, positions.clamp(min=0).long()) & (positions >= 0)
+
+    def _own_positions(self, positions: Tensor, real: Tensor | None) -> Tensor:
+        """``positions`` counted in each row's own tokens, without padding; -1 where a slot is not real."""
+        if real is None or self.log.real is None:
+            return positions
+        own = self.log.real.to(positions.device)[:, None, : self.seen].cumsum(-1) - 1
+        own = own.expand(-1, positions.shape[1], -1).gather(-1, positions.clamp(min=0).long())
+        return own.masked_fill(~real, -1).to(positions.dtype)
 
 
 def layer_stats(layer: Any) -> LayerStats:

@@ -1,37 +1,27 @@
 """Attention masks for layers that store different tokens.
 
 transformers builds one mask for all full-attention layers, with a column for every token seen. ``layer_mask`` takes
-from it the columns of the tokens that one layer still stores. ``MaskHooks`` passes each attention module its own mask;
-the hooks do nothing while another cache is in use.
+from it the columns of the tokens that one layer still stores. ``cache.hooks`` passes them to the attention modules.
 
 Shapes: B rows, H key-value heads, A attention heads (A = H * groups), q new tokens, n slots stored before them.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from knormpress.cache import attention
 
 __all__ = [
-    "MaskHooks",
-    "MaskedCache",
     "SharedMask",
     "dense_mask",
     "flex_mask",
     "full_past",
-    "is_attention",
     "is_causal",
     "layer_mask",
     "real_tokens",
@@ -40,19 +30,6 @@ __all__ = [
 
 # Additive masks hide with -inf, with the smallest number of the dtype, or with -1e4, which fits in float16.
 _HIDDEN = -9_999.0
-
-
-class MaskedCache(Cache):
-    """A cache whose layers need their own masks; it works only with the model that ``hooks`` are installed on."""
-
-    hooks: MaskHooks
-
-    def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> tuple[Any, bool]:
-        """The mask of ``module`` over its stored tokens and the ``new`` tokens of each row.
-
-        Returned with it: whether this mask is causal among the new tokens and hides nothing else.
-        """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -174,75 +151,3 @@ def layer_mask(mask: Any, positions: Tensor, *, seen: int, new: int, groups: int
 
 def _attends(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > _HIDDEN
-
-
-class MaskHooks:
-    """Pre-hooks that pass each attention module of a model its own mask; removed with the last cache that uses them.
-
-    All caches of a model share one set of hooks; so does a copy of a cache.
-    """
-
-    _installed: ClassVar[weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref[MaskHooks]]] = (
-        weakref.WeakKeyDictionary()
-    )
-
-    @classmethod
-    def on(cls, model: PreTrainedModel) -> MaskHooks:
-        """The hooks of ``model``; installed now if no cache of this model exists."""
-        known = cls._installed.get(model)
-        hooks = known() if known is not None else None
-        if hooks is None:
-            hooks = cls(model)
-            cls._installed[model] = weakref.ref(hooks)
-        return hooks
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = weakref.ref(model)
-        modules = [module for module in model.modules() if is_attention(module)]
-        self.layers = {module.layer_idx for module in modules}
-        self._modules = weakref.WeakSet(modules)
-        handles = [module.register_forward_pre_hook(_Hook(module), with_kwargs=True) for module in modules]
-        for handle in handles:
-            weakref.finalize(self, handle.remove)
-        attention.enable()
-        weakref.finalize(self, attention.disable)
-
-    def owns(self, module: nn.Module) -> bool:
-        """Whether ``module`` belongs to this model, and not to a copy of it: a copy has copies of the hooks."""
-        return module in self._modules
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskHooks:
-        return self
-
-
-class _Hook:
-    """The pre-hook of one attention module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        # accelerate replaces `forward` of the instance; the class keeps the real signature.
-        parameters = inspect.signature(type(module).forward).parameters
-        self.mask_index = list(parameters)[1:].index("attention_mask")
-        used = vars(sys.modules[type(module).__module__]).get("ALL_ATTENTION_FUNCTIONS")
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.takes_plain = takes_any and used is ALL_ATTENTION_FUNCTIONS
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cache = next((v for v in (*kwargs.values(), *args) if isinstance(v, MaskedCache)), None)
-        if cache is None or not cache.hooks.owns(module):
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        by_position = len(args) > self.mask_index
-        mask = args[self.mask_index] if by_position else kwargs.get("attention_mask")
-        own, plain = cache.mask_for(module, mask, *hidden.shape[:2])
-        if plain and self.takes_plain:
-            kwargs = {**kwargs, attention.PLAIN: True}
-        if by_position:
-            return (*args[: self.mask_index], own, *args[self.mask_index + 1 :]), kwargs
-        return args, {**kwargs, "attention_mask": own}
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Whether ``module`` is the attention of a layer with an index, and takes a mask."""
-    if not isinstance(getattr(module, "layer_idx", None), int) or "Attention" not in type(module).__name__:
-        return False
-    return "attention_mask" in inspect.signature(type(module).forward).parameters

@@ -16,20 +16,7 @@ from torch.nn.functional import pad
 
 from knormpress.policy.policy import Policy, share
 
-__all__ = ["budget", "gather", "key_norms", "select"]
-
-
-def key_norms(keys: Tensor, *_: object) -> Tensor:
-    """The L2 norm of each key, the score of Devoto et al. (arXiv 2406.11430): the lowest are kept.
-
-    Args:
-        keys: (B, H, n, D), with or without the rotation of their position; a rotation does not change a norm.
-
-    Returns:
-        (B, H, n) in float32, or in float64 for float64 keys.
-    """
-    norms: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
-    return norms
+__all__ = ["budget", "gather", "select"]
 
 
 def budget(press: Policy, ratio: float, *, seen: int, stored: int, new: int) -> int:

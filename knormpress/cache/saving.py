@@ -12,23 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.cache.score import name_of
 from knormpress.errors import KnormError
 from knormpress.files import replacing
 
-__all__ = ["FORMAT", "is_score", "read_state", "score_name", "write_state"]
+__all__ = ["FORMAT", "is_score", "read_state", "write_state"]
 
 FORMAT = "knormpress-cache-1"
 """The version of the file format; a file with another version is refused."""
 
 
-def score_name(score: object) -> str:
-    """The name of ``score`` in a saved file: its module and its name in the module."""
-    return f"{getattr(score, '__module__', '')}.{getattr(score, '__qualname__', repr(score))}"
-
-
 def is_score(name: str, score: object) -> bool:
     """Whether ``name`` in a file names ``score``. Modules of KnormPress don't count, since its scores may move."""
-    expected = score_name(score)
+    expected = name_of(score)
     ours = all(each.startswith("knormpress.") for each in (name, expected))
     return name.rpartition(".")[2] == expected.rpartition(".")[2] if ours else name == expected
 
@@ -44,7 +40,7 @@ def write_state(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor], 
 
 
 def read_state(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write_state`` wrote for ``model``, onto the model's device.
+    """Read what ``write_state`` wrote for ``model``, onto the CPU.
 
     Raises:
         KnormError: the file is missing, is not a complete saved cache, or is for another model or format version.
@@ -52,7 +48,7 @@ def read_state(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], d
     if not path.is_file():
         raise KnormError(f"{path} is not there; wanted a file written by KnormCache.save")
     try:
-        with safe_open(path, framework="pt", device=str(model.device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ class Tape:
     """A tensor (B, H, length, ...) to which single slots are appended in place.
 
     ``torch.cat`` would copy the whole cache for every decoded token. When single slots are appended, a tape reserves
-    spare room: 64 slots, or 1/64 of its length if that is more. Until then it has no spare room.
+    spare room: 64 slots, or 1/64 of its length if that is more, within what the caller allows. Until then it has none.
     """
 
     def __init__(self) -> None:
@@ -41,8 +43,13 @@ class Tape:
         self._store, self.length, self._is_ours = states, states.shape[2], False
         return self.view
 
-    def append(self, states: Tensor) -> Tensor:
-        """Add the slots of ``states`` (B, H, new, ...) at the end. Returns the view of all slots."""
+    def append(self, states: Tensor, most_spare: float = math.inf) -> Tensor:
+        """Add the slots of ``states`` (B, H, new, ...) at the end. Returns the view of all slots.
+
+        Args:
+            states: the new slots.
+            most_spare: reserve no more spare room than this many slots.
+        """
         if self._store is None:
             return self.replace(states)
         length, new = self.length, states.shape[2]
@@ -50,7 +57,7 @@ class Tape:
         if new > 1 or torch.is_grad_enabled():
             return self.replace(torch.cat([self.view, states], dim=2))
         if length + new > self._store.shape[2] or not self._is_ours or self._is_read_only():
-            self._grow(length + new + max(64, length // 64))
+            self._grow(length + new + int(min(max(64, length // 64), most_spare)))
         self.length = length + new
         self._store.narrow(2, length, new).copy_(states)
         return self.view

@@ -99,14 +99,17 @@ def judge_runs(
         KnormError: there is no such commit or no run, or pytest can't run the tests.
         Stopped: the user stopped the command.
     """
-    from knormpress.compare.commits import measure_in_turn, resolve_commit
+    from knormpress.compare.commits import measure_in_turn, resolve_commit, uncommitted
     from knormpress.compare.stored import judge_commits, judge_newest
     from knormpress.records.history import History
 
     if base is None:
         history = History.read(storage)
         return judge_newest(history, thresholds), list(history.notes), []
-    commits = resolve_commit(base), resolve_commit("HEAD")
+    changed = uncommitted()
+    if changed is not None:
+        typer.echo("head is the working tree with its uncommitted changes, untracked files left out", err=True)
+    commits = resolve_commit(base), changed or resolve_commit("HEAD")
     if commits[0] == commits[1]:
         raise KnormError(f"{base} and HEAD are the same commit, {commits[0][:12]}; name another commit")
     before = {entry.run for entry in History.read(storage).entries}

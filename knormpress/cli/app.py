@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import typer
 from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
 from knormpress.cli.options import Fresh, Json, Output, number, taking
 from knormpress.errors import KnormError
+from knormpress.files import make_room, replacing
 from knormpress.measure.options import Candidates, Effort, Source
 
 __all__ = ["app", "main"]
@@ -213,6 +215,8 @@ def compare(
     from knormpress.compare.verdicts import read_thresholds
     from knormpress.show.verdict_table import fill, verdict_lines, verdict_markdown
 
+    if markdown is not None:
+        make_room(markdown)
     verdicts, notes, faults = judge_runs(base, tests, storage, read_thresholds(thresholds))
     for line in notes:
         typer.echo(fill(line), err=as_json)
@@ -223,7 +227,8 @@ def compare(
     for line in faults:
         typer.echo(fill(line), err=as_json)
     if markdown is not None:
-        markdown.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
+        with replacing(markdown) as temporary:
+            temporary.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
         raise typer.Exit(1)
 
@@ -261,6 +266,7 @@ def doctor() -> None:
     Example:
       knormpress doctor
     """
+    from knormpress.cache.attention import why_off
     from knormpress.workload.corpora import describe_source
     from knormpress.workload.devices import describe_devices
     from knormpress.workload.models import describe_sources
@@ -270,6 +276,10 @@ def doctor() -> None:
     for place in describe_sources():
         typer.echo(f"model   {place}")
     typer.echo(f"text    {describe_source()}")
+    reason = why_off()
+    typer.echo("attention  " + ("KnormPress's faster functions, on the CPU" if reason is None else f"slower: {reason}"))
+    if importlib.util.find_spec("kvpress") is not None:
+        typer.echo("attention  slower in a process that imports kvpress, which replaces transformers' sdpa attention")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

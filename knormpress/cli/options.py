@@ -17,7 +17,10 @@ __all__ = ["Fresh", "Json", "Output", "number", "taking"]
 
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything again; the earlier results are renamed.")]
-Json = Annotated[bool, typer.Option("--json", help="Print only the results to stdout, as JSON.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the results as JSON, one object on each line (JSON Lines), and nothing else."),
+]
 
 
 def taking(**groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from knormpress.errors import KnormError
 from knormpress.records.git import git
 
-__all__ = ["measure_in_turn", "resolve_commit"]
+__all__ = ["measure_in_turn", "resolve_commit", "uncommitted"]
 
 _PASSED, _TESTS_FAILED = 0, 1
 _STDERR = 2
@@ -29,6 +29,14 @@ def resolve_commit(name: str) -> str:
     if commit is None:
         raise KnormError(f"git knows no commit {name!r}; fetch it first, or name another commit")
     return commit
+
+
+def uncommitted() -> str | None:
+    """A commit, on no branch, that holds the working tree with its uncommitted changes; None if there are none.
+
+    Untracked files are not in it. Neither the tree nor the index is touched.
+    """
+    return git("stash", "create") or None
 
 
 def measure_in_turn(

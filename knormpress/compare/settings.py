@@ -6,20 +6,32 @@ from collections.abc import Iterable, Sequence
 
 from knormpress.records.schema import Record
 
-__all__ = ["differences", "group_records", "setting"]
+__all__ = ["differences", "group_records", "newest", "setting"]
 
 
 def group_records(records: Iterable[Record]) -> list[list[Record]]:
     """Group the records that differ only in keep ratio; each group is sorted from the highest keep ratio down.
 
-    Of two records of the same cell, the later one is used, since files grow at their end.
+    Of the records of one cell only the newest is used, see ``newest``.
     """
     groups: dict[tuple[object, ...], dict[object, Record]] = {}
-    for record in records:
-        policy = record.policy
+    for record in newest(records):
         cells = groups.setdefault(tuple(setting(record).values()), {})
-        cells[policy.layer_keep_ratios or policy.keep_ratio] = record
+        cells[_ratios(record)] = record
     return [sorted(cells.values(), key=lambda record: -record.keep_ratio) for cells in groups.values()]
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """The records of different cells; of records of one cell, measured again or at another commit, the last one.
+
+    Files grow at their end, so the last one is the newest.
+    """
+    cells: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        cell = (*(value for name, value in setting(record).items() if name != "commit"), _ratios(record))
+        cells.pop(cell, None)
+        cells[cell] = record
+    return list(cells.values())
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[object]]:
@@ -55,3 +67,7 @@ def setting(record: Record) -> dict[str, object]:
         "context tokens": conditions.context_tokens,
         "scored tokens": conditions.scored_tokens,
     }
+
+
+def _ratios(record: Record) -> object:
+    return record.policy.layer_keep_ratios or record.policy.keep_ratio

@@ -65,10 +65,18 @@ def judge_entries(
         and machine_class(entry.environment) == machine_class(nearest.environment)
     ]
     pooled = sorted(pooled, key=lambda entry: entry.created)[-_POOLED_RUNS:]
-    where = "" if same_machine else " on another machine"
+    where = "" if same_machine else _elsewhere(machine, machine_class(nearest.environment))
     commit = (nearest.environment.git_commit or "no commit")[:12]
     runs_of = "" if len(pooled) == 1 else f", {len(pooled)} runs"
     return judge(pooled, now, thresholds, f"against {commit}{where}{runs_of}{note}")
+
+
+def _elsewhere(machine: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """How the machine of the reference differs from this one, in words."""
+    differing = [name for name in machine if machine[name] != other[name]]
+    if differing == ["threads"]:
+        return f" with {other['threads']} threads in place of {machine['threads']}"
+    return " on another machine"
 
 
 def vanished_tests(history: History, run: str, tests: Sequence[str], expected: Callable[[str], bool]) -> list[Verdict]:

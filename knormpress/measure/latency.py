@@ -24,7 +24,7 @@ from knormpress.measure.calibration import calibrate
 from knormpress.measure.pairs import Pairs, Repeat, in_turn, until_enough
 from knormpress.measure.prefill import prefill
 from knormpress.methods.full import FullCache
-from knormpress.methods.method import Method
+from knormpress.methods.method import Method, caches_of
 from knormpress.records.schema import Latency, Run
 from knormpress.stats.intervals import Change
 from knormpress.workload.devices import synchronize
@@ -124,7 +124,7 @@ def measure_latency(
     baseline = baseline or FullCache()
 
     def run(which: Method, tokens: int) -> Run:
-        with which(model) as new_cache:
+        with caches_of(which, model) as new_cache:
             timed = time_generation(model, prompt, new_cache, new_tokens=tokens, prefill_chunk=prefill_chunk)
         after_run()
         return timed

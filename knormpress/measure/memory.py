@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, PreTrainedModel
 
-from knormpress.measure.prefill import prefill
+from knormpress.errors import KnormError
+from knormpress.measure.prefill import prefill, slots_of
 from knormpress.methods.full import FullCache
-from knormpress.methods.method import Method
+from knormpress.methods.method import Method, caches_of, describe_method, policy_of
+from knormpress.policy.policy import Policy
 from knormpress.records.schema import Memory, Reading
 from knormpress.workload.devices import PeakMemory, synchronize
 
@@ -36,6 +38,8 @@ def measure_memory(
     prompt: Tensor,
     *,
     prefill_chunk: int | None = None,
+    decoded_tokens: int = 0,
+    policy: Policy | None = None,
     after_run: Callable[[], None] = lambda: None,
 ) -> Memory:
     """Prefill ``prompt`` into the full cache and into the method's, in separate passes, and read their memory.
@@ -47,31 +51,69 @@ def measure_memory(
         method: makes the candidate's cache.
         prompt: (1, n) token ids on the model's device.
         prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
+        decoded_tokens: after the prompt, decode this many tokens and read the caches' bytes again; 0 decodes none.
+        policy: what the method should follow; its own ``press`` unless given.
         after_run: called after each pass.
+
+    Raises:
+        KnormError: the method made no cache, its cache holds nothing, or it should drop tokens and holds as much as the
+            full cache.
     """
     sides = []
     for which in (FullCache(), method):
-        sides.append(_memory_of(model, which, prompt, prefill_chunk))
+        sides.append(_memory_of(model, which, prompt, prefill_chunk, decoded_tokens))
         after_run()
-    (full_bytes, full_device), (method_bytes, method_device) = sides
-    return Memory(
-        baseline_cache_bytes=full_bytes,
-        candidate_cache_bytes=method_bytes,
-        baseline_device=full_device,
-        candidate_device=method_device,
+    full, own = sides
+    memory = Memory(
+        baseline_cache_bytes=full.prompt_bytes,
+        candidate_cache_bytes=own.prompt_bytes,
+        baseline_device=full.readings,
+        candidate_device=own.readings,
+        decoded_tokens=decoded_tokens,
+        baseline_decoded_bytes=full.decoded_bytes,
+        candidate_decoded_bytes=own.decoded_bytes,
     )
+    drops = own.slots < full.slots
+    _check_pruned(method, policy or policy_of(method), memory, prompt.shape[-1], drops=drops)
+    return memory
+
+
+class _Side(NamedTuple):
+    slots: int
+    prompt_bytes: int
+    decoded_bytes: int | None
+    readings: tuple[Reading, ...]
 
 
 def _memory_of(
-    model: PreTrainedModel, method: Method, prompt: Tensor, prefill_chunk: int | None
-) -> tuple[int, tuple[Reading, ...]]:
-    """The bytes that the cache holds after the prompt, and the device's readings for the pass."""
+    model: PreTrainedModel, method: Method, prompt: Tensor, prefill_chunk: int | None, decoded_tokens: int
+) -> _Side:
+    """The bytes that the cache holds after the prompt and after decoding, and the device's readings for the prompt."""
     gc.collect()
-    with torch.inference_mode(), method(model) as new_cache, PeakMemory(prompt.device) as peak:
-        cache = new_cache()
-        prefill(model, prompt, cache, chunk=prefill_chunk)
-        synchronize(prompt.device)
-    return cache_bytes(cache), tuple(peak.readings)
+    with torch.inference_mode(), caches_of(method, model) as new_cache:
+        with PeakMemory(prompt.device) as peak:
+            cache = new_cache()
+            token = prefill(model, prompt, cache, chunk=prefill_chunk).argmax(dim=-1, keepdim=True)
+            synchronize(prompt.device)
+        slots, prompt_bytes = sum(slots_of(cache)), cache_bytes(cache)
+        for _ in range(decoded_tokens):
+            token = prefill(model, token, cache).argmax(dim=-1, keepdim=True)
+        decoded_bytes = cache_bytes(cache) if decoded_tokens else None
+    return _Side(slots, prompt_bytes, decoded_bytes, tuple(peak.readings))
+
+
+def _check_pruned(method: Method, policy: Policy | None, memory: Memory, tokens: int, *, drops: bool) -> None:
+    name = describe_method(method)
+    if not memory.candidate_cache_bytes:
+        raise KnormError(f"the cache of {name} holds 0 bytes after {tokens} tokens; wanted one that stores its tokens")
+    # A cache of small heads may drop tokens and still be no smaller, as it must know their positions.
+    if policy is None or not policy.drops or tokens < policy.prune_after or drops:
+        return
+    if memory.candidate_cache_bytes >= memory.baseline_cache_bytes:
+        raise KnormError(
+            f"{name} holds {memory.candidate_cache_bytes:,} bytes after {tokens} tokens and the full cache "
+            f"{memory.baseline_cache_bytes:,}, so nothing was pruned; check that the method prunes within the prompt"
+        )
 
 
 def _tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:

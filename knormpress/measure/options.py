@@ -72,7 +72,12 @@ def read_option(option: Option, given: Any, spelled: str) -> Any:
     if given is None:
         return None
     try:
-        return option.read(given) if option.read else option.kind(given)
+        value = option.read(given) if option.read else option.kind(given)
+        if isinstance(value, float) and math.isnan(
+            value
+        ):  # no comparison with it would ever end a measurement or fail a gate
+            raise ValueError
+        return value
     except KnormError as error:
         raise KnormError(f"{spelled} is {given!r}; {error}" if option.kind is str else str(error)) from None
     except ValueError:

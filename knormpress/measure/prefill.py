@@ -10,9 +10,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from knormpress.errors import KnormError
-from knormpress.methods.method import Method
+from knormpress.methods.method import Method, caches_of
 
-__all__ = ["filled_cache", "prefill"]
+__all__ = ["filled_cache", "prefill", "slots_of"]
 
 
 def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int | None = None) -> Tensor:
@@ -52,7 +52,7 @@ def filled_cache(
         full: a full cache that holds the same prompt; it is not changed.
     """
     one_pass = chunk is None and all(type(layer) is DynamicLayer for layer in full.layers)
-    with method(model) as new_cache:
+    with caches_of(method, model) as new_cache:
         cache = new_cache()
         prefill_from = getattr(cache, "prefill_from", None)
         if one_pass and prefill_from is not None:
@@ -60,3 +60,9 @@ def filled_cache(
         else:
             prefill(model, prompt, cache, chunk=chunk)
         yield cache
+
+
+def slots_of(cache: Cache) -> list[int]:
+    """How many slots each layer stores; 0 where a layer has no keys."""
+    keys_of_layers = (getattr(layer, "keys", None) for layer in cache.layers)
+    return [0 if keys is None else keys.shape[-2] for keys in keys_of_layers]

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from knormpress.errors import KnormError
-from knormpress.measure.prefill import filled_cache, prefill
+from knormpress.measure.prefill import filled_cache, prefill, slots_of
 from knormpress.methods.full import FullCache
-from knormpress.methods.method import Method, describe_method
+from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy
 from knormpress.records.schema import ROUNDING_KL, DocumentScore, Quality
 
@@ -60,7 +60,7 @@ def measure_quality(
             scores_of_method.append(score)
         after_document()
     qualities = [Quality(documents=tuple(scores_of_method)) for scores_of_method in scores_of_methods]
-    for method, policy, quality in zip(methods, policies or map(_policy_of, methods), qualities, strict=True):
+    for method, policy, quality in zip(methods, policies or map(policy_of, methods), qualities, strict=True):
         if policy is not None and policy.drops and all(score.kl < ROUNDING_KL for score in quality.documents):
             raise KnormError(
                 f"{describe_method(method)} predicts exactly what the full cache does, so nothing was pruned, or the "
@@ -106,17 +106,19 @@ def score_document(
     prompt, fed, targets = ids[:, :context], ids[:, context:-1], ids[0, context + 1 :].cpu()
 
     with torch.inference_mode():
-        with (baseline or FullCache())(model) as new_cache:
+        with caches_of(baseline or FullCache(), model) as new_cache:
             full = new_cache()
             prefill(model, prompt, full, chunk=prefill_chunk)
             # A copy is scored, so that `full` still ends with the prompt when the methods use it.
             predictions = _FullCachePredictions(_teacher_forced(model, fed, copy.deepcopy(full)), targets)
-        tokens_held = _tokens_held(full)
+        tokens_held = slots_of(full)
         scores = []
         for method in methods:
             with filled_cache(model, method, prompt, full, chunk=prefill_chunk) as cache:
                 _check_pruned(method, cache, tokens_held, context)
-                scores.append(predictions.compare(document, _teacher_forced(model, fed, cache)))
+                scores.append(
+                    predictions.compare(document, _teacher_forced(model, fed, cache), describe_method(method))
+                )
     return scores
 
 
@@ -126,21 +128,10 @@ def _teacher_forced(model: PreTrainedModel, fed: Tensor, cache: Cache) -> Tensor
     return logits
 
 
-def _tokens_held(cache: Cache) -> list[int]:
-    keys_of_layers = (getattr(layer, "keys", None) for layer in cache.layers)
-    return [0 if keys is None else keys.shape[-2] for keys in keys_of_layers]
-
-
-def _policy_of(method: Method) -> Policy | None:
-    """The policy in a method's ``press``, or the method itself if it is a policy."""
-    policy = getattr(method, "press", method)
-    return policy if isinstance(policy, Policy) else None
-
-
 def _check_pruned(method: Method, cache: Cache, full: list[int], context: int) -> None:
     """Check that a method whose policy drops tokens holds fewer than the full cache."""
-    policy = _policy_of(method)
-    if policy is None or not policy.drops or _tokens_held(cache) != full:
+    policy = policy_of(method)
+    if policy is None or not policy.drops or slots_of(cache) != full:
         return
     raise KnormError(
         f"text too short to be pruned: none of {context} tokens was dropped at keep_ratio {policy.keep_ratio}, "
@@ -158,11 +149,11 @@ class _FullCachePredictions:
         for start in range(0, len(targets), _ROWS):
             rows = slice(start, start + _ROWS)
             torch.softmax(_on_host(logits[rows]), dim=-1, out=self.probabilities[rows])
-        self.nll, self.entropy = self._read(logits)
+        self.nll, self.entropy = self._read(logits, "through the full cache")
 
-    def compare(self, document: int, logits: Tensor) -> DocumentScore:
-        """Score a candidate's logits (S, V) on the same tokens."""
-        nll, cross_entropy = self._read(logits)
+    def compare(self, document: int, logits: Tensor, method: str) -> DocumentScore:
+        """Score the logits (S, V) of a candidate, the cache of ``method``, on the same tokens."""
+        nll, cross_entropy = self._read(logits, f"through the cache of {method}")
         agreed = (logits.argmax(dim=-1).cpu() == self.first_choice).double().mean()
         # Equal logits give equal sums, so a candidate without loss has a divergence of exactly 0.
         return DocumentScore(
@@ -173,7 +164,7 @@ class _FullCachePredictions:
             top1_agreement=float(agreed),
         )
 
-    def _read(self, logits: Tensor) -> tuple[list[float], float]:
+    def _read(self, logits: Tensor, where: str) -> tuple[list[float], float]:
         """Each target's negative log-likelihood, and the summed cross entropy with the full cache's predictions.
 
         No table of log-probabilities is needed: those of a row are its logits minus one number.
@@ -191,7 +182,9 @@ class _FullCachePredictions:
             cross_entropy += float((total - expected).sum())
             losses = total - host.gather(-1, self.targets[rows, None])[:, 0]
             if not bool(losses.isfinite().all()):
-                raise KnormError("the model's logits are NaN or infinite, so there is no perplexity; try dtype float32")
+                raise KnormError(
+                    f"the model's logits are NaN or infinite {where}, so there is no perplexity; try dtype float32"
+                )
             nll += losses.tolist()
         return nll, cross_entropy
 

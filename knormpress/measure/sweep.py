@@ -1,14 +1,13 @@
 """Measure the cells of a sweep, one by one: device x prompt length x policy, each compared with the full cache.
 
 A cell that is already in the results file is not measured again. It is the same cell if the machine and the software,
-the git commit, the weights and their dtype, the text, the policy and the conditions are all equal. Changes without a
-commit are not noticed: use ``fresh`` after them.
+the files of the git commit, the weights and their dtype, the text, the policy and the conditions are all equal.
+Changes without a commit are not noticed: use ``fresh`` after them.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from typing import Any
 
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
+from knormpress.files import make_folder
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
@@ -25,6 +25,7 @@ from knormpress.measure.quality import measure_quality
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.progress import Progress
+from knormpress.records.git import tree
 from knormpress.records.jsonl import append_record, read_records
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Quality, Record, TextInfo
 from knormpress.workload.bench import Bench
@@ -79,7 +80,7 @@ def run(
         KnormError: the file, a device, the model or the text can't be used; the file is unchanged.
     """
     progress = progress or Progress()
-    _make_folder(path.parent)
+    make_folder(path.parent)
     stored = {} if fresh or not path.exists() else {_key(record): record for record in read_records(path)}
     # "cpu" and "cpu:0" are the same device.
     devices = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}.values()
@@ -99,7 +100,7 @@ def run(
                         path.rename(new_name)
                         progress.say(f"the earlier results are now in {new_name}")
                         new_name = None
-                    append_record(path, record)
+                    _store(path, record, progress)
                 yield record
 
 
@@ -144,7 +145,15 @@ def _measure(
             continue
         method = make_method(method_name, press)
         steps.begin(f"memory, {_ratio(press)}")
-        memory = measure_memory(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
+        memory = measure_memory(
+            bench.model,
+            method,
+            prompt,
+            prefill_chunk=chunk,
+            decoded_tokens=effort.new_tokens,
+            policy=press,
+            after_run=steps.tick,
+        )
         steps.begin(f"timing, {_ratio(press)}")
         latency = measure_latency(
             bench.model,
@@ -201,7 +210,10 @@ def _key_of(
     environment: Environment, model: ModelInfo, text: TextInfo, policy: MethodInfo, conditions: Conditions
 ) -> _Key:
     # Writing results can make a git tree dirty, and the same weights and text can have different names.
-    clean = environment.model_copy(update={"git_dirty": None})
+    # A commit that changes no file changes no measurement.
+    commit = environment.git_commit
+    code = None if commit is None else tree(commit) or commit
+    clean = environment.model_copy(update={"git_dirty": None, "git_commit": code})
     return clean, model.fingerprint, model.dtype, text.sha256, policy, conditions
 
 
@@ -223,14 +235,16 @@ def _check_presses(settings: SweepSettings, bench: Bench) -> None:
             )
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder for the results. Errors come before anything is measured, not when the first cell is written."""
+def _store(path: Path, record: Record, progress: Progress) -> None:
+    """Add ``record`` to the file; if that fails, show it, so that what was measured is not lost."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        append_record(path, record)
     except OSError as error:
-        raise KnormError(f"results can't be written to {folder}: {error.strerror}; use another --output") from error
-    if not os.access(folder, os.W_OK):
-        raise KnormError(f"results can't be written to {folder}: it is read-only; use another --output")
+        progress.say(record.model_dump_json())
+        raise KnormError(
+            f"the finished record can't be written to {path} ({error.strerror}); it is printed above: make room, and "
+            "add it to the file as a line"
+        ) from error
 
 
 def _free_name(path: Path) -> Path:

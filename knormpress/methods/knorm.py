@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knormpress.errors import KnormError
 from knormpress.policy.plan import planned_policy
 from knormpress.policy.policy import Policy
 
@@ -50,6 +51,8 @@ class KnormPress(Policy):
         """
         from knormpress.cache.generation import pruned_generation
 
+        if isinstance(model, str):
+            raise KnormError(f"the press got {model!r}; wanted a loaded model, not its name")
         return pruned_generation(model, self)
 
     @classmethod

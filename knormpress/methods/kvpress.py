@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from knormpress.cache.generation import generation_through
-from knormpress.cache.masks import is_attention, real_tokens
+from knormpress.cache.hooks import is_attention
+from knormpress.cache.masks import real_tokens
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 

@@ -3,22 +3,50 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 from transformers import Cache, PreTrainedModel
 
+from knormpress.errors import KnormError
 from knormpress.methods.knorm import KnormPress
+from knormpress.policy.policy import Policy
 
-__all__ = ["Method", "MethodFactory", "describe_method"]
+__all__ = ["Method", "MethodFactory", "caches_of", "describe_method", "policy_of"]
 
 Method: TypeAlias = Callable[[PreTrainedModel], AbstractContextManager[Callable[[], Cache]]]
 """``with method(model) as new_cache``: inside the context each call of ``new_cache`` makes a cache of the method."""
 
 MethodFactory: TypeAlias = Callable[[KnormPress], Method]
 """What the name of a method stands for: called with the policy under test, it returns the method."""
+
+
+@contextmanager
+def caches_of(method: Method, model: PreTrainedModel) -> Iterator[Callable[[], Cache]]:
+    """The context of ``method``, whose function is checked to make caches.
+
+    Raises:
+        KnormError: what it makes is not a transformers cache, so the model would use one of its own.
+    """
+    with method(model) as new_cache:
+
+        def checked() -> Cache:
+            cache = new_cache()
+            if not isinstance(cache, Cache):
+                raise KnormError(
+                    f"{describe_method(method)} made a {type(cache).__name__}; wanted a fresh transformers Cache"
+                )
+            return cache
+
+        yield checked
+
+
+def policy_of(method: Method) -> Policy | None:
+    """The policy that a method says it follows: itself, or its ``press``."""
+    policy = getattr(method, "press", method)
+    return policy if isinstance(policy, Policy) else None
 
 
 def describe_method(method: Any) -> str:

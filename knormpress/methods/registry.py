@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, cast
 
-from knormpress.cache.layer import Score
+from knormpress.cache.score import Score
 from knormpress.errors import KnormError
 from knormpress.methods.full import FullCache
 from knormpress.methods.knorm import KnormPress

@@ -12,6 +12,7 @@ from knormpress.measure.latency import measure_latency
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.quality import measure_quality
 from knormpress.methods.method import Method, describe_method
+from knormpress.policy.policy import Policy
 from knormpress.records.schema import Entry, Latency, Memory, Quality, Result
 from knormpress.stats.gates import documents_to_decide, gate
 from knormpress.workload.bench import Bench
@@ -19,14 +20,22 @@ from knormpress.workload.bench import Bench
 __all__ = ["Measured", "gated", "score"]
 
 
-def score(bench: Bench, methods: Sequence[Method], *, context: int, scored: int, samples: int) -> list[Result]:
+def score(
+    bench: Bench,
+    methods: Sequence[Method],
+    policies: Sequence[Policy | None] | None = None,
+    *,
+    context: int,
+    scored: int,
+    samples: int,
+) -> list[Result]:
     """Score ``samples`` documents through the full cache and each method's cache; they share each document's prefill.
 
     Raises:
         KnormError: a method whose policy drops tokens predicts exactly what the full cache does.
     """
     texts = bench.documents(length=context + scored + 1, count=samples)
-    qualities = measure_quality(bench.model, methods, texts, context=context)
+    qualities = measure_quality(bench.model, methods, texts, context=context, policies=policies)
     conditions: dict[str, int | None] = {"context": context, "scored": scored, "documents": samples}
     return [
         Result(method=describe_method(method), conditions=conditions, quality=quality)
@@ -88,12 +97,29 @@ class Measured:
         self._results["latency"] = Result(method=describe_method(method), conditions=conditions, latency=latency)
         return latency
 
-    def memory(self, method: Method, *, prompt_tokens: int, prefill_chunk: int | None) -> Memory:
+    def memory(
+        self,
+        method: Method,
+        *,
+        prompt_tokens: int,
+        new_tokens: int = 0,
+        prefill_chunk: int | None,
+        policy: Policy | None = None,
+    ) -> Memory:
         """Measure the bytes of the full cache and of the method's cache, in separate passes."""
         self._check_first("memory")
         (prompt,) = self.bench.documents(length=prompt_tokens, count=1)
-        memory = measure_memory(self.bench.model, method, prompt, prefill_chunk=prefill_chunk)
+        memory = measure_memory(
+            self.bench.model,
+            method,
+            prompt,
+            prefill_chunk=prefill_chunk,
+            decoded_tokens=new_tokens,
+            policy=policy,
+        )
         conditions = {"cached_tokens": prompt_tokens, "prefill_chunk": prefill_chunk}
+        if new_tokens:
+            conditions["decoded_tokens"] = new_tokens
         self._results["memory"] = Result(method=describe_method(method), conditions=conditions, memory=memory)
         return memory
 

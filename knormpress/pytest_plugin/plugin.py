@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,6 +30,7 @@ from knormpress.pytest_plugin.session import StoredRun
 
 if TYPE_CHECKING:
     from knormpress.methods.method import Method
+    from knormpress.policy.policy import Policy
     from knormpress.pytest_plugin.measured import Measured
     from knormpress.records.schema import Latency, Memory, Result
     from knormpress.workload.bench import Bench
@@ -62,6 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and read the stored runs before anything is measured."""
+    _warn_of_other_settings(config)
     config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
     if flag(config, "save") or flag(config, "compare"):
         config.stash[_RUN] = usage(lambda: StoredRun.begin(config))
@@ -101,7 +104,9 @@ def knorm_method(knorm_press: KnormPress, request: pytest.FixtureRequest) -> Met
     """The method under test, under the policy ``knorm_press``."""
     from knormpress.methods.registry import make_method
 
-    return make_method(setting(request.config, "method"), knorm_press)
+    method = make_method(setting(request.config, "method"), knorm_press)
+    request.config.stash.setdefault(_ASKED, []).append((method, knorm_press))
+    return method
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +126,16 @@ def _knorm_measured(knorm_bench: Bench, request: pytest.FixtureRequest) -> Measu
 
 
 @pytest.fixture
-def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.FixtureRequest) -> Callable[..., Latency]:
+def _knorm_benchmark(request: pytest.FixtureRequest) -> Any:
+    if not request.config.pluginmanager.hasplugin("benchmark"):
+        pytest.fail("knorm_latency needs pytest-benchmark, which is off; leave -p no:benchmark out", pytrace=False)
+    return request.getfixturevalue("benchmark")
+
+
+@pytest.fixture
+def knorm_latency(
+    _knorm_benchmark: Any, _knorm_measured: Measured, request: pytest.FixtureRequest
+) -> Callable[..., Latency]:
     """Time a method's generations in turn with the full cache's; pytest-benchmark's table and JSON show them.
 
     Called as ``knorm_latency(method, prompt_tokens=1024, new_tokens=32, rounds=5, prefill_chunk=None)``. After
@@ -142,7 +156,7 @@ def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.Fix
     ) -> Latency:
         return _knorm_measured.latency(
             method,
-            benchmark,
+            _knorm_benchmark,
             precision=precision,
             seconds=seconds,
             prompt_tokens=prompt_tokens,
@@ -151,19 +165,29 @@ def knorm_latency(benchmark: Any, _knorm_measured: Measured, request: pytest.Fix
             prefill_chunk=prefill_chunk,
         )
 
-    request.node.stash[_BENCHMARK] = benchmark
+    request.node.stash[_BENCHMARK] = _knorm_benchmark
     return measure
 
 
 @pytest.fixture
-def knorm_memory(_knorm_measured: Measured) -> Callable[..., Memory]:
+def knorm_memory(_knorm_measured: Measured, request: pytest.FixtureRequest) -> Callable[..., Memory]:
     """Measure the bytes of a method's cache and of the full cache, in separate passes.
 
-    Called as ``knorm_memory(method, prompt_tokens=1024, prefill_chunk=None)``.
+    Called as ``knorm_memory(method, prompt_tokens=1024, new_tokens=0, prefill_chunk=None)``: after the prompt and,
+    where ``new_tokens`` are asked for, again after decoding them. A method that should drop tokens fails if it holds as
+    much as the full cache.
     """
 
-    def measure(method: Method, *, prompt_tokens: int = 1024, prefill_chunk: int | None = None) -> Memory:
-        return _knorm_measured.memory(method, prompt_tokens=prompt_tokens, prefill_chunk=prefill_chunk)
+    def measure(
+        method: Method, *, prompt_tokens: int = 1024, new_tokens: int = 0, prefill_chunk: int | None = None
+    ) -> Memory:
+        return _knorm_measured.memory(
+            method,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            prefill_chunk=prefill_chunk,
+            policy=_asked_of(request.config, method),
+        )
 
     return measure
 
@@ -180,7 +204,8 @@ def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callabl
         from knormpress.pytest_plugin.measured import score
 
         samples = number(request.config, "samples")
-        return score(knorm_bench, methods, context=context, scored=scored, samples=samples)
+        policies = [_asked_of(request.config, method) for method in methods]
+        return score(knorm_bench, methods, policies, context=context, scored=scored, samples=samples)
 
     return measure
 
@@ -301,8 +326,54 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 _RUN = pytest.StashKey[StoredRun]()
+_ASKED = pytest.StashKey[list[tuple[Any, KnormPress]]]()
 _MEASURED = pytest.StashKey["Measured"]()
 _BENCHMARK = pytest.StashKey[Any]()
+
+
+def _asked_of(config: pytest.Config, method: Method) -> Policy | None:
+    """The policy that ``method`` was made for: by the fixture, else what the method itself says."""
+    from knormpress.methods.method import policy_of
+
+    asked = (press for made, press in config.stash.get(_ASKED, []) if made is method)
+    return next(asked, None) or policy_of(method)
+
+
+def _warn_of_other_settings(config: pytest.Config) -> None:
+    """Say so where pytest has not read the settings of the current folder.
+
+    pytest looks for them before it knows this plugin's options, so that the value in ``--knorm-model PATH`` counts as a
+    test folder; written ``--knorm-model=PATH`` it does not.
+    """
+    here = config.invocation_params.dir
+    own = next((here / name for name, part in _SETTINGS if _holds(here / name, part)), None)
+    if own is not None and config.inipath != own and config.getoption("inifilename", None) is None:
+        config.issue_config_time_warning(
+            pytest.PytestConfigWarning(
+                f"knormpress: pytest has read {config.inipath or 'no settings'} and not {own}; write options with =, "
+                "as in --knorm-model=PATH, or give --rootdir"
+            ),
+            stacklevel=2,
+        )
+
+
+# Where pytest looks, and what a file must hold to count.
+_SETTINGS = (
+    ("pytest.toml", ""),
+    (".pytest.toml", ""),
+    ("pytest.ini", ""),
+    (".pytest.ini", ""),
+    ("pyproject.toml", "[tool.pytest"),
+    ("tox.ini", "[pytest]"),
+    ("setup.cfg", "[tool:pytest]"),
+)
+
+
+def _holds(path: Path, part: str) -> bool:
+    try:
+        return part in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _finish(item: pytest.Item, *, passed: bool) -> None:

@@ -44,7 +44,16 @@ class StoredRun:
         from knormpress.compare.verdicts import read_thresholds
         from knormpress.records.history import History
 
-        kind, separator, place = str(config.getoption("benchmark_storage", "file://./.benchmarks")).partition("://")
+        if config.getoption("benchmark_storage", None) is None:
+            raise KnormError(
+                "runs are stored in pytest-benchmark's storage, but that plugin is off; leave -p no:benchmark out"
+            )
+        # One process would store the half of a run that it was given, and miss the tests of the others.
+        if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+            raise KnormError(
+                "--knorm-save and --knorm-compare store the run of one process; leave -n out (pytest-xdist)"
+            )
+        kind, separator, place = str(config.getoption("benchmark_storage")).partition("://")
         # A test may change the current folder.
         storage = Path(place if separator else kind).absolute()
         if separator and kind != "file":
@@ -81,7 +90,10 @@ class StoredRun:
                 words = {finding.metric: finding.word for finding in verdict.findings}
                 entry = entry.model_copy(update={"verdicts": words})
                 fault = f"regressed: {verdict.reason}" if verdict.word == "regressed" else ""
-        store(self.storage, entry)
+        try:
+            store(self.storage, entry)
+        except OSError as error:
+            fault = f"the entry can't be stored in {self.storage} ({error.strerror}): {entry.model_dump_json()}"
         return entry, fault
 
     def vanished(self, config: pytest.Config) -> list[Verdict]:

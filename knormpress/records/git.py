@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from pathlib import Path
 
 from knormpress.errors import KnormError
 
-__all__ = ["ancestors", "git", "head", "is_dirty", "is_shallow"]
+__all__ = ["ancestors", "git", "head", "is_dirty", "is_shallow", "tree"]
 
 
 def git(*arguments: str, folder: Path | None = None) -> str | None:
@@ -24,6 +25,12 @@ def git(*arguments: str, folder: Path | None = None) -> str | None:
 def head() -> str | None:
     """The commit that is checked out in the current directory's repository; None outside of a repository."""
     return git("rev-parse", "HEAD")
+
+
+@functools.cache
+def tree(commit: str) -> str | None:
+    """The hash of the files of ``commit``: equal for two commits whose files are; None if git doesn't know it."""
+    return git("rev-parse", "--verify", "--quiet", f"{commit}^{{tree}}")
 
 
 def is_dirty() -> bool | None:

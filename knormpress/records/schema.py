@@ -263,12 +263,19 @@ class Reading(Strict):
 
 
 class Memory(Strict):
-    """Bytes of storage that the caches hold after the prompt, and the memory that the device reports."""
+    """Bytes of storage that the caches hold after the prompt, and the memory that the device reports.
+
+    Where ``decoded_tokens`` were decoded after the prompt, also the bytes after them; records of earlier versions have
+    none.
+    """
 
     baseline_cache_bytes: int
     candidate_cache_bytes: int
     baseline_device: tuple[Reading, ...]
     candidate_device: tuple[Reading, ...]
+    decoded_tokens: int = 0
+    baseline_decoded_bytes: int | None = None
+    candidate_decoded_bytes: int | None = None
 
     @property
     def ratio(self) -> float:

@@ -48,7 +48,11 @@ def _lines(record: Record) -> Iterator[str]:
         f"p90 {speed.gap_p90_s * 1e3:.1f} ms"
     )
     yield f"throughput   {speed.throughput:.2f} new tokens/s, including the prompt's time"
-    yield f"cache        {memory.baseline_cache_bytes / 1e6:.1f} MB after the prompt"
+    decoded = memory.baseline_decoded_bytes
+    yield (
+        f"cache        {memory.baseline_cache_bytes / 1e6:.1f} MB after the prompt"
+        + ("" if decoded is None else f", {decoded / 1e6:.1f} MB after {memory.decoded_tokens:,} decoded tokens")
+    )
     for reading in memory.baseline_device:
         shown = f"not available: {reading.reason}" if reading.bytes is None else f"{reading.bytes / 1e6:,.1f} MB"
         yield f"memory       {reading.name}: {shown}"

@@ -18,7 +18,7 @@ from knormpress.records.schema import Record, Speed
 from knormpress.show.console import make_console
 from knormpress.stats.intervals import Change
 
-__all__ = ["WIDTH", "cautions", "print_tables", "render"]
+__all__ = ["WIDTH", "below_the_cache", "cautions", "print_tables", "render"]
 
 WIDTH = 80
 """The most columns that the tables use."""
@@ -66,7 +66,7 @@ def _heading(records: Sequence[Record]) -> Text:
         f"device   {environment.device} ({environment.device_name}), threads: {environment.threads}",
         f"timing   {prompt}, pairs of runs: {' to '.join(dict.fromkeys((str(min(pairs)), str(max(pairs)))))}",
         f"quality  {conditions.samples:,} samples: {conditions.scored_tokens:,} tokens scored after {context:,}",
-        f"cache    {_megabytes(records[0].memory.baseline_cache_bytes)} MB when nothing is pruned",
+        f"cache    {_megabytes(records[0].memory.baseline_cache_bytes)} MB when nothing is pruned{_then(records[0])}",
     ]
     return Text(lines[0], style="bold").append("\n" + "\n".join(lines[1:]), style="not bold")
 
@@ -109,7 +109,7 @@ def _changes(records: Sequence[Record]) -> Table:
     table = _table(
         "Change against the full cache, 95 % interval below",
         ("keep\nratio", "compr.\n%", *(f"{name}\nchange" for name in names), "cache\nMB"),
-        " ".join(cautions(records)) or None,
+        " ".join([*below_the_cache(records), *cautions(records)]) or None,
     )
     for record in records:
         changes = (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl)
@@ -117,9 +117,28 @@ def _changes(records: Sequence[Record]) -> Table:
             record.label,
             f"{(1.0 - record.keep_ratio) * 100:.3g}",
             *map(_two_lines, changes),
-            _megabytes(record.memory.candidate_cache_bytes),
+            _cache(record),
         )
     return table
+
+
+def _cache(record: Record) -> Text:
+    decoded = record.memory.candidate_decoded_bytes
+    text = Text(_megabytes(record.memory.candidate_cache_bytes))
+    return text if decoded is None else text.append(f"\n{_megabytes(decoded)}", style="dim")
+
+
+def below_the_cache(records: Sequence[Record]) -> list[str]:
+    """What stands below the cache's bytes, in a sentence; nothing where no token was decoded for it."""
+    tokens = max(record.memory.decoded_tokens for record in records)
+    return [f"Below the cache after the prompt: after {tokens:,} decoded tokens."] if tokens else []
+
+
+def _then(record: Record) -> str:
+    memory = record.memory
+    if memory.baseline_decoded_bytes is None:
+        return ""
+    return f", {_megabytes(memory.baseline_decoded_bytes)} after {memory.decoded_tokens:,} more tokens"
 
 
 def _two_lines(change: Change) -> Text:

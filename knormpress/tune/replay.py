@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from knormpress.cache.masks import is_attention
+from knormpress.cache.hooks import is_attention
 
 __all__ = ["Outputs", "Replay", "decoder_layers", "replayed"]
 

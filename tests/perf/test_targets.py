@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knormpress import KnormCache, KnormPress
 from knormpress.cache.layer import KnormLayer, TokenLog
-from knormpress.cache.pruning import key_norms
+from knormpress.cache.score import key_norms
 from knormpress.measure.prefill import prefill
 from knormpress.measure.quality import score_document
 from knormpress.methods.registry import make_method

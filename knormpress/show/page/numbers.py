@@ -16,6 +16,7 @@ from knormpress.stats.intervals import Change
 __all__ = ["downloads"]
 
 _CHANGES = ("ttft", "tpot", "throughput", "ppl", "cache")
+_OF_A_SIDE = (*Speed._fields, "ppl", "cache_bytes", "decoded_cache_bytes")
 
 
 def downloads(records: Sequence[Record], cells: Sequence[Record], history: History) -> Iterator[Block]:
@@ -35,18 +36,28 @@ def _results(records: Sequence[Record]) -> Iterator[list[object]]:
         *("model", "dtype", "text", "device", "commit", "method"),
         *("keep_ratio", "prompt_tokens", "new_tokens", "pairs"),
         *(f"{name}_change_{part}" for name in _CHANGES for part in ("percent", "low", "high")),
-        *(f"{side}_{name}" for side in ("full", "pruned") for name in (*Speed._fields, "ppl", "cache_bytes")),
+        *(f"{side}_{name}" for side in ("full", "pruned") for name in _OF_A_SIDE),
         *("kl_nats", "top1"),
     ]
     for record in records:
-        model, conditions, environment = record.model, record.conditions, record.environment
+        model, conditions, environment, memory = record.model, record.conditions, record.environment, record.memory
         yield [
             *(model.name, model.dtype, record.text.name, environment.device, environment.git_commit),
             *(record.policy.method, record.keep_ratio),
             *(conditions.prompt_tokens, conditions.new_tokens, record.latency.pairs),
             *(figure for change in _changes(record) for figure in astuple(change)),
-            *(*record.latency.baseline_speed, record.quality.baseline_ppl, record.memory.baseline_cache_bytes),
-            *(*record.latency.candidate_speed, record.quality.candidate_ppl, record.memory.candidate_cache_bytes),
+            *(
+                *record.latency.baseline_speed,
+                record.quality.baseline_ppl,
+                memory.baseline_cache_bytes,
+                memory.baseline_decoded_bytes,
+            ),
+            *(
+                *record.latency.candidate_speed,
+                record.quality.candidate_ppl,
+                memory.candidate_cache_bytes,
+                memory.candidate_decoded_bytes,
+            ),
             *(record.quality.kl, record.quality.top1),
         ]
 

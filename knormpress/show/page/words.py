@@ -10,7 +10,7 @@ from knormpress.records.schema import ROUNDING_KL, Record, Speed, ppl_change_bet
 from knormpress.show.page.parts import Block, Cell, Facts, Heading, Line, Statement, Statements, Table, Tone, Words
 from knormpress.show.page.settings import NOISE, Family, is_control, listed
 from knormpress.show.pictures.style import pretty, three_digits
-from knormpress.show.sweep_table import cautions
+from knormpress.show.sweep_table import below_the_cache, cautions
 from knormpress.stats.intervals import Change
 
 __all__ = ["DEFINITIONS", "control_blocks", "interval", "table_blocks", "verdict_blocks"]
@@ -142,7 +142,7 @@ def table_blocks(families: Sequence[Family]) -> Iterator[Block]:
             ("Keep ratio", "Method", "TTFT", "TPOT", "Throughput", "PPL", "KL (nats)", "Top-1", "Cache (MB)"),
             tuple(_change_row(record) for record in records),
             row_heads=2,
-            note=" ".join(cautions(records)),
+            note=" ".join([*below_the_cache(records), *cautions(records)]),
         )
         yield Table(
             "The figures behind them: the full cache, and below it the method",
@@ -170,8 +170,13 @@ def _change_row(record: Record) -> tuple[Cell, ...]:
         ),
         f"{quality.kl:.3f}",
         f"{quality.top1 * 100:.1f} %",
-        (f"{memory.candidate_cache_bytes / 1e6:,.1f}", pretty(str(memory.change))),
+        (f"{memory.candidate_cache_bytes / 1e6:,.1f}", pretty(str(memory.change)) + _decoded(record)),
     )
+
+
+def _decoded(record: Record) -> str:
+    decoded = record.memory.candidate_decoded_bytes
+    return "" if decoded is None else f"; then {decoded / 1e6:,.1f}"
 
 
 def _figure_row(record: Record) -> tuple[Cell, ...]:

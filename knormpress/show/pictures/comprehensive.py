@@ -142,10 +142,15 @@ def _perplexity(axes: Axes, records: Sequence[Record]) -> None:
 def _memory(axes: Axes, records: Sequence[Record]) -> None:
     full = records[0].memory.baseline_cache_bytes
     unit, divisor = ("GB", 1e9) if full >= 1e9 else ("MB", 1e6)
-    _title(axes, f"Cache memory ({unit})", "lower is better")
+    decoded = [record.memory.candidate_decoded_bytes for record in records]
+    after = "; line: after decoding" if any(decoded) else ""
+    _title(axes, f"Cache memory ({unit})", f"lower is better{after}")
     labelled = keep_ratio_axis(axes, records)
     sizes = [record.memory.candidate_cache_bytes / divisor for record in records]
     axes.bar(range(len(records)), sizes, width=0.62, color=GREEN)
+    for place, size in enumerate(decoded):
+        if size is not None:
+            axes.hlines(size / divisor, place - 0.31, place + 0.31, color="black", linewidth=1.2)
     axes.axhline(full / divisor, color=GREY, linewidth=1.0, linestyle="--")
     axes.set_ylim(0.0, max(full / divisor, *sizes) * 1.2)
     axes.annotate(

@@ -11,9 +11,9 @@ from pathlib import Path
 from matplotlib import style as matplotlib_style
 from matplotlib.figure import Figure
 
-from knormpress.compare.settings import differences, group_records, setting
+from knormpress.compare.settings import differences, group_records, newest, setting
 from knormpress.errors import KnormError
-from knormpress.files import replacing
+from knormpress.files import make_folder, replacing
 from knormpress.records.plan import Plan
 from knormpress.records.schema import Record
 from knormpress.show.pictures.comprehensive import draw_comprehensive
@@ -44,7 +44,7 @@ def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
     """
     records = list(records)
     shown, left_out = select(records)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with matplotlib_style.context(["default", STYLE]):
         pictures = {
             "knormpress_comprehensive.png": draw_comprehensive(shown, left_out),
@@ -76,7 +76,7 @@ def draw_plan(plan: Plan, folder: Path) -> list[Path]:
             pictures["knormpress_kept.png"] = draw_kept(plan, plan.kept)
         if not pictures:
             raise KnormError("the plan holds nothing that was measured, so nothing to draw; tune it: knormpress tune")
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return [_save(picture, folder / name) for name, picture in pictures.items()]
 
 
@@ -121,7 +121,7 @@ def select_lengths(records: Iterable[Record]) -> tuple[list[Record], str]:
 
 def _of_one_method(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
     """The records of the method and the kind of ratio to show, and a note for each that is left out."""
-    records = list(records)
+    records = newest(records)
     if not records:
         raise KnormError("there are no records to draw; measure first, for example with: knormpress sweep")
     _refuse({name: values for name, values in differences(records).items() if name in _NEVER_MIXED})

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from knormpress.compare.promises import Judgement, judge_claims, judge_targets
 from knormpress.records.schema import Record
 from knormpress.show.pictures.style import GREY, WIDTH, add_footer, add_heading, new_figure, pretty, three_digits
+from knormpress.show.sweep_table import below_the_cache
 
 __all__ = ["draw_table"]
 
@@ -30,7 +31,7 @@ _WRAP = 155  # characters
 def draw_table(records: Sequence[Record], left_out: str, beside: Sequence[Record] = ()) -> Figure:
     """Draw a row for each keep ratio: changes with intervals, the cache, and a verdict on each target and claim."""
     targets, claims = judge_targets(records), judge_claims(records, beside)
-    notes = _notes([*targets, *claims])
+    notes = _notes([*targets, *claims], records)
     figure = new_figure(_TOP + _HEAD + _ROW * len(records) + _LINE * len(notes) + 16 + _FOOT)
     add_heading(figure, "Results by keep ratio", _full_cache(records))
     page = _Page(figure)
@@ -98,6 +99,9 @@ def _row(page: _Page, top: float, record: Record) -> None:
         page.write(edge, top + 17, pretty(str(change).removesuffix(" %")))
         page.write(edge, top + 39, pretty(change.interval), fontsize=7.5, color=GREY)
     page.write(_FIGURES[6], top + 17, f"{record.memory.candidate_cache_bytes / 1e6:,.1f}")
+    decoded = record.memory.candidate_decoded_bytes
+    if decoded is not None:
+        page.write(_FIGURES[6], top + 39, f"{decoded / 1e6:,.1f}", fontsize=7.5, color=GREY)
 
 
 def _verdict(page: _Page, top: float, verdict: Judgement) -> None:
@@ -129,8 +133,8 @@ def _full_cache(records: Sequence[Record]) -> str:
     return f"The full cache, measured in the same run: {', '.join(figures)}"
 
 
-def _notes(verdicts: Sequence[Judgement]) -> list[str]:
-    notes = []
+def _notes(verdicts: Sequence[Judgement], records: Sequence[Record]) -> list[str]:
+    notes = below_the_cache(records)
     if any(verdict.crosses for verdict in verdicts):
         notes.append("~ the interval crosses the limit: another measurement may have the other result.")
     reasons = dict.fromkeys(verdict.why for verdict in verdicts if verdict.why is not None)

@@ -188,7 +188,7 @@ def no_cache_yet(monkeypatch):
     """transformers' attention as in a fresh process, whatever caches other tests may have left alive."""
     found = ALL_ATTENTION_FUNCTIONS["sdpa"]
     gc.collect()
-    monkeypatch.setattr(attention, "_users", 0)
+    monkeypatch.setattr(attention, "_users", set())
     AttentionInterface.register("sdpa", sdpa_attention_forward)
     yield
     AttentionInterface.register("sdpa", found)

@@ -265,7 +265,6 @@ def test_a_mask_lives_no_longer_than_its_pass():
     assert alive() is None
 
 
-@pytest.mark.xfail(raises=KnormError, reason="the hooks that were copied act for the caches of the copy, too")
 def test_a_model_copied_while_a_cache_lives_has_caches_of_its_own():
     model = tiny_model()
     cache = KnormCache(model, PRESS)

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knormpress.cache.layer import KnormLayer, TokenLog
-from knormpress.cache.pruning import budget, gather, key_norms, select
+from knormpress.cache.pruning import budget, gather, select
+from knormpress.cache.score import key_norms
 from knormpress.policy.policy import Policy
+from tests.strategies import held
 
 # Few distinct values, so that ties are the rule.
 tied_scores = st.integers(1, 30).flatmap(
@@ -55,8 +57,8 @@ def test_keys_made_to_tie_leave_the_older_token(dtype):
     signs = torch.randint(0, 2, (1, 2, 40, 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
     lengths = torch.linspace(0.1, 2.3, 16) * torch.tensor([3.0] * 20 + [1.0] * 20)[:, None]
     keys = (signs * lengths).to(dtype)
-    assert key_norms(keys).unique().numel() == 2
-    assert select(key_norms(keys), [25])[0].tolist() == [[*range(5), *range(20, 40)]] * 2
+    assert key_norms(held(keys)).unique().numel() == 2
+    assert select(key_norms(held(keys)), [25])[0].tolist() == [[*range(5), *range(20, 40)]] * 2
     layer = KnormLayer(0, Policy(0.25, prune_after=1), 0.25, key_norms, TokenLog())
     layer.update(keys, keys)
     assert layer.positions[0].tolist() == [list(range(20, 30))] * 2
@@ -103,7 +105,7 @@ def test_rows_without_a_budget_are_empty():
 )
 def test_norms_are_wide(dtype, expected):
     keys = torch.full((1, 1, 2, 64), 300.0).to(dtype)
-    norms = key_norms(keys)
+    norms = key_norms(held(keys))
     assert norms.dtype == expected
     assert torch.allclose(norms, keys.to(torch.float64).square().sum(-1).sqrt().to(expected))
 

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from knormpress import KnormCache, KnormError, KnormPress
-from knormpress.cache.pruning import key_norms
-from knormpress.cache.saving import FORMAT, is_score, score_name
+from knormpress.cache.saving import FORMAT, is_score
+from knormpress.cache.score import key_norms, name_of
 from knormpress.methods.scores import highest_norm
 from tests.oracle import position_ids
 from tests.strategies import left_padding, tiny_model, tokens
@@ -24,8 +24,8 @@ def run(model, cache, ids, **kwargs):
         return model(ids, past_key_values=cache, **kwargs).logits
 
 
-def own_score(keys, positions, layer):
-    return key_norms(keys)
+def own_score(held):
+    return key_norms(held)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_another_format_and_a_missing_file_are_refused(saved):
 def test_a_file_from_before_the_scores_moved_is_loaded(saved, name):
     """Caches are kept for long; in what module a score of this package lives is none of their business."""
     values = metadata(saved)
-    assert json.loads(values["state"])["score"] == score_name(key_norms)
+    assert json.loads(values["state"])["score"] == name_of(key_norms)
     state = json.dumps(json.loads(values["state"]) | {"score": name})
     save_file(load_file(saved), saved, values | {"state": state})
     loaded, straight = KnormCache.load(saved, tiny_model()), KnormCache(tiny_model(), PRESS)

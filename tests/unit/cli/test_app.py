@@ -154,7 +154,7 @@ def test_pictures_are_drawn_beside_what_they_are_of_or_elsewhere(
 def test_doctor_tells_of_devices_model_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in shown} == {"cuda", "mps", "xpu", "cpu", "model", "text"}
+    assert {line.split()[0] for line in shown} == {"cuda", "mps", "xpu", "cpu", "model", "text", "attention"}
     assert any(line.startswith("cpu     usable: ") for line in shown)
 
 

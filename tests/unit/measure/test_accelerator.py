@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import knormpress
 from knormpress import KnormCache, KnormPress
+from knormpress.cache.score import StoredTokens
 from knormpress.measure import calibration, latency
 from knormpress.measure.prefill import prefill
 from knormpress.workload import devices
@@ -154,9 +155,9 @@ def test_no_clock_is_read_elsewhere() -> None:
 def kept_and_keys(model: PreTrainedModel, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
     seen: list[Tensor] = []
 
-    def norms(keys: Tensor, *_: object) -> Tensor:
-        seen.append(keys.cpu())
-        return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    def norms(tokens: StoredTokens) -> Tensor:
+        seen.append(tokens.keys.cpu())
+        return torch.linalg.vector_norm(tokens.keys, dim=-1, dtype=torch.float32)
 
     cache = KnormCache(model, PRESS, norms)
     prefill(model, prompt, cache)

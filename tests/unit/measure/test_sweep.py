@@ -335,7 +335,7 @@ def test_a_folder_that_is_a_file_is_told_of_before_anything_is_measured(
     settings: SweepSettings, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(KnormError, match=r"written to .*file.*--output"):
+    with pytest.raises(KnormError, match=r"written to .*file.*another place"):
         next(run(changed(settings, model="not looked at"), tmp_path / "file" / "results.jsonl"))
 
 

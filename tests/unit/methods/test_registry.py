@@ -80,8 +80,8 @@ def their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed distribution with a module of methods, as pip would leave it on the path."""
     (tmp_path / "their_methods.py").write_text(
         "from knormpress.methods.scores import ScoredPress\n"
-        "def oldest(keys, positions, layer):\n"
-        "    return positions.float().expand(keys.shape[:-1])\n"
+        "def oldest(tokens):\n"
+        "    return tokens.positions.float()\n"
         "def factory(press):\n"
         "    return ScoredPress(press, oldest)\n"
         "def not_a_factory(press):\n"

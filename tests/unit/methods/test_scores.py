@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knormpress.cache.pruning import key_norms
+from knormpress.cache.score import StoredTokens, key_norms
 from knormpress.methods.scores import highest_norm, key_difference, random_order, recent_window
+
+
+def given(keys: torch.Tensor, positions: torch.Tensor | None = None, layer: int = 0) -> StoredTokens:
+    """Stored tokens with ``keys`` (B, H, n, D); in order from 0 unless ``positions`` (1, 1, n) are given."""
+    places = torch.arange(keys.shape[2]).view(1, 1, -1) if positions is None else positions
+    return StoredTokens(keys, keys, places.expand(keys.shape[:-1]), layer)
 
 
 @pytest.mark.parametrize("score", [highest_norm, key_difference, key_norms, random_order, recent_window])
 def test_scores_have_a_value_for_every_head_and_are_finite(score):
-    scores = score(torch.randn(2, 3, 9, 4), torch.arange(9).view(1, 1, 9), 0)
+    scores = score(given(torch.randn(2, 3, 9, 4)))
     assert scores.shape == (2, 3, 9)
     assert scores.is_floating_point()
     assert scores.isfinite().all()
@@ -19,26 +25,26 @@ def test_scores_have_a_value_for_every_head_and_are_finite(score):
 
 def test_key_difference_keeps_the_key_that_points_elsewhere():
     keys = torch.tensor([[1.0, 0.1], [2.0, 0.0], [0.0, 0.5], [3.0, -0.1]])[None, None]
-    assert key_difference(keys).argmin() == 2
+    assert key_difference(given(keys)).argmin() == 2
 
 
 def test_random_order_depends_on_position_head_and_layer_alone():
     positions = torch.arange(300).view(1, 1, -1)
-    scores = random_order(torch.randn(2, 3, 300, 8), positions, 1)
-    again = random_order(torch.zeros(2, 3, 300, 8, dtype=torch.float16), positions.int(), 1)
+    scores = random_order(given(torch.randn(2, 3, 300, 8), positions, 1))
+    again = random_order(given(torch.zeros(2, 3, 300, 8, dtype=torch.float16), positions.int(), 1))
     assert scores.shape == (2, 3, 300)
     assert torch.equal(scores, again)
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0, 0], scores[0, 1])
-    assert not torch.equal(scores, random_order(torch.zeros(2, 3, 300, 8), positions, 2))
-    later = random_order(torch.zeros(1, 3, 100, 8), positions[..., 200:], 1)
+    assert not torch.equal(scores, random_order(given(torch.zeros(2, 3, 300, 8), positions, 2)))
+    later = random_order(given(torch.zeros(1, 3, 100, 8), positions[..., 200:], 1))
     assert torch.equal(later[0], scores[0, :, 200:])
 
 
 def test_random_order_is_spread_evenly_over_the_text():
     """The lowest half must not favour the beginning, the end, or even positions, and heads must choose apart."""
     positions = torch.arange(4096).view(1, 1, -1)
-    order = random_order(torch.zeros(1, 8, 4096, 1), positions, 0)[0]
+    order = random_order(given(torch.zeros(1, 8, 4096, 1), positions, 0))[0]
     assert order.unique().numel() > 0.99 * order.numel()
     kept = order < order.median(dim=-1, keepdim=True).values
     quarters = kept.view(8, 4, 1024).float().mean(dim=-1)
@@ -51,6 +57,6 @@ def test_random_order_is_spread_evenly_over_the_text():
 def test_random_order_spares_no_token():
     """The first token draws much attention: over heads and layers it is kept as often as any other."""
     positions = torch.arange(64).view(1, 1, -1)
-    kept = torch.stack([random_order(torch.zeros(1, 8, 64, 1), positions, layer)[0] for layer in range(64)])
+    kept = torch.stack([random_order(given(torch.zeros(1, 8, 64, 1), positions, layer))[0] for layer in range(64)])
     share = (kept.argsort(dim=-1).argsort(dim=-1) < 32).float().mean(dim=(0, 1))
     assert share.sub(0.5).abs().max() < 0.1
