@@ -185,7 +185,7 @@ def test_prefill_in_chunks(model, ids, one_shot, benchmark, target, long, thorou
     whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     for keep, reach in reaches.items():
         change = ratio_change(times[1.0], times[keep])
-        target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.0)
+        target(f"TTFT at {long:,} tokens in chunks of 1,024, keep {keep}", "one shot", change, reach=reach, worst=1.2)
         kept = sum(KnormPress(keep).ratios(layers)) / layers
         change = Change((peaks[keep] / whole - 1) * 100, None, None)
         aim, most = kept + CHUNK / long + 0.03, kept + 0.03
