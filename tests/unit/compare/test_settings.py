@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from knormpress.compare.settings import differences, group_records
+from knormpress.compare.settings import differences, group_records, newest
+from knormpress.records.schema import Record
 from tests.record_factory import make_record, make_records
 
 
@@ -56,3 +57,16 @@ def test_records_that_differ_are_no_group(changed: dict[str, Any], named: str) -
 def test_rounds_make_no_difference() -> None:
     """How many pairs it took is told by the interval."""
     assert differences([make_record(0.9), make_record(0.8, rounds=20)]) == {}
+
+
+def at_commit(record: Record, commit: str) -> Record:
+    return record.model_copy(update={"environment": record.environment.model_copy(update={"git_commit": commit})})
+
+
+def test_of_a_cell_measured_at_two_commits_the_newest_is_shown() -> None:
+    old = [at_commit(make_record(ratio), "a" * 40) for ratio in (1.0, 0.9)]
+    new = [at_commit(make_record(ratio), "b" * 40) for ratio in (1.0, 0.9)]
+    assert newest([*old, *new]) == new
+    assert group_records([*old, *new]) == [new]
+    assert differences(newest([*old, *new])) == {}
+    assert len(group_records([*old, new[0]])) == 2, "one picture may not mix two commits"

@@ -419,3 +419,28 @@ def test_a_commit_makes_other_cells_but_an_edit_does_not(
     git("commit", "-qam", "two")
     list(run(alone, path))
     assert made_up.cells == len(list(read_records(path))) == 2
+
+
+@pytest.mark.usefixtures("_in_a_repository")
+def test_a_commit_that_changes_no_file_makes_no_other_cells(
+    settings: SweepSettings, tmp_path: Path, made_up: MadeUp
+) -> None:
+    alone, path = changed(settings, keep_ratios=(0.3,)), tmp_path / "results.jsonl"
+    list(run(alone, path))
+    git("commit", "-q", "--allow-empty", "-m", "empty")
+    list(run(alone, path))
+    assert made_up.cells == len(list(read_records(path))) == 1
+
+
+@pytest.mark.usefixtures("made_up")
+def test_what_a_full_disk_does_not_take_is_shown(
+    settings: SweepSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, record: Record) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep, "append_record", full)
+    told = Told()
+    with pytest.raises(KnormError, match=r"results\.jsonl.*No space left"):
+        list(run(changed(settings, keep_ratios=(0.3,)), tmp_path / "results.jsonl", progress=told))
+    assert Record.model_validate_json(told.lines[-1]).keep_ratio == 0.3
