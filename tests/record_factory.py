@@ -127,6 +127,9 @@ def make_record(
             candidate_cache_bytes=math.ceil(cache_bytes * (1 + 29 * keep_ratio) / 30),
             baseline_device=(Reading(name="peak RSS", bytes=900_000_000),),
             candidate_device=(Reading(name="peak RSS", bytes=None, reason="not lower than an earlier peak"),),
+            decoded_tokens=new_tokens,
+            baseline_decoded_bytes=cache_bytes * 103 // 100,
+            candidate_decoded_bytes=math.ceil(cache_bytes * (1 + 29 * keep_ratio) / 30) * 103 // 100,
         ),
         quality=_quality(np.random.default_rng(seed), documents, scored, ppl, keep_ratio),
     )

@@ -143,9 +143,10 @@ def _memory(axes: Axes, records: Sequence[Record]) -> None:
     full = records[0].memory.baseline_cache_bytes
     unit, divisor = ("GB", 1e9) if full >= 1e9 else ("MB", 1e6)
     decoded = [record.memory.candidate_decoded_bytes for record in records]
-    after = "; line: after decoding" if any(decoded) else ""
-    _title(axes, f"Cache memory ({unit})", f"lower is better{after}")
+    _title(axes, f"Cache memory ({unit})", "lower is better")
     labelled = keep_ratio_axis(axes, records)
+    if any(decoded):
+        axes.set_xlabel("keep ratio; line: after decoding")
     sizes = [record.memory.candidate_cache_bytes / divisor for record in records]
     axes.bar(range(len(records)), sizes, width=0.62, color=GREEN)
     for place, size in enumerate(decoded):
