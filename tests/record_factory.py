@@ -8,20 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from knormpress.records.schema import (
-    Conditions,
-    DocumentScore,
-    Environment,
-    Latency,
-    Memory,
-    MethodInfo,
-    ModelInfo,
-    Quality,
-    Reading,
-    Record,
-    Run,
-    TextInfo,
-)
+from knormpress.records.figures import DocumentScore, Latency, Memory, Quality, Reading, Run
+from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 
 __all__ = ["make_record", "make_records"]
 

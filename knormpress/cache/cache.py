@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from knormpress.cache.fitness import layers_for
 from knormpress.cache.hooks import MaskedCache, MaskHooks
 from knormpress.cache.layer import KnormLayer, LayerStats, TokenLog, layer_stats
 from knormpress.cache.masks import SharedMask, flex_mask, layer_mask, real_tokens
@@ -60,23 +61,8 @@ class KnormCache(MaskedCache):
                 "and a KnormPress, in this order"
             )
         config = model.config.get_text_config(decoder=True)
-        if model.config.is_encoder_decoder:
-            raise KnormError(f"{type(model).__name__} is an encoder-decoder; KnormPress prunes decoder-only models")
-        # transformers 5.19 has no kv_sharing_modes yet.
-        if getattr(config, "kv_sharing_modes", None) is not None or getattr(config, "num_kv_shared_layers", None):
-            raise KnormError(f"{type(model).__name__} shares keys between layers, which KnormPress can't prune")
-        if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-            raise KnormError(
-                f"{type(model).__name__} adds a bias by key position (ALiBi), which KnormPress can't prune; "
-                "use a model with rotary or learned positions"
-            )
-        layers = DynamicCache(config=config).layers
+        layers = layers_for(model)
         prunable = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        if not prunable:
-            raise KnormError(
-                f"{type(model).__name__} has no full-attention layer, so there is nothing to prune; "
-                "use a model with some full-attention layers"
-            )
         ratios = press.ratios(len(layers))
         expect_score(score)
         self.hooks = MaskHooks.on(model)

@@ -10,7 +10,8 @@ import inspect
 import sys
 import threading
 import weakref
-from typing import Any, ClassVar
+from collections.abc import Callable, MutableMapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from knormpress.cache import attention
 
 __all__ = ["MaskHooks", "MaskedCache", "is_attention"]
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 # Finalizers run in the middle of anything, in the thread that holds the lock too.
 _lock = threading.RLock()
@@ -52,12 +56,7 @@ class MaskHooks:
     def on(cls, model: PreTrainedModel) -> MaskHooks:
         """The hooks of ``model``; installed now if no cache of this model exists."""
         with _lock:
-            known = cls._installed.get(model)
-            hooks = known() if known is not None else None
-            if hooks is None:
-                hooks = cls(model)
-                cls._installed[model] = weakref.ref(hooks)
-            return hooks
+            return _shared(cls._installed, model, cls)
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
@@ -88,12 +87,7 @@ class _Installed:
 
     @classmethod
     def on(cls, module: nn.Module) -> _Installed:
-        known = cls._on_modules.get(module)
-        installed = known() if known is not None else None
-        if installed is None:
-            installed = cls(module)
-            cls._on_modules[module] = weakref.ref(installed)
-        return installed
+        return _shared(cls._on_modules, module, cls)
 
     def __init__(self, module: nn.Module) -> None:
         handle = module.register_forward_pre_hook(_Hook(module), with_kwargs=True)
@@ -131,6 +125,16 @@ class _Hook:
 
     def __reduce__(self) -> Any:
         return _Hook, (None,)
+
+
+def _shared(alive: MutableMapping[_Key, weakref.ref[_Value]], key: _Key, make: Callable[[_Key], _Value]) -> _Value:
+    """The living value of ``key``, made now if nobody holds one."""
+    known = alive.get(key)
+    value = known() if known is not None else None
+    if value is None:
+        value = make(key)
+        alive[key] = weakref.ref(value)
+    return value
 
 
 def _device_of(module: nn.Module) -> torch.device:

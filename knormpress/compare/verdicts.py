@@ -14,7 +14,8 @@ from operator import attrgetter
 from typing import Literal, TypeAlias
 
 from knormpress.errors import KnormError
-from knormpress.records.schema import ROUNDING_KL, SPEED_MOVED, Entry, Environment, Quality, Timed
+from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Quality, Timed
+from knormpress.records.schema import Entry, Environment
 from knormpress.stats.intervals import Change, percent, ratio_of_ratios
 from knormpress.stats.perplexity import ppl_change
 

@@ -25,7 +25,7 @@ from knormpress.measure.pairs import Pairs, Repeat, in_turn, until_enough
 from knormpress.measure.prefill import prefill
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of
-from knormpress.records.schema import Latency, Run
+from knormpress.records.figures import Latency, Run
 from knormpress.stats.intervals import Change
 from knormpress.workload.devices import synchronize
 

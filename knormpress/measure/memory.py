@@ -16,7 +16,7 @@ from knormpress.measure.prefill import prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy
-from knormpress.records.schema import Memory, Reading
+from knormpress.records.figures import Memory, Reading
 from knormpress.workload.devices import PeakMemory, synchronize
 
 __all__ = ["cache_bytes", "measure_memory"]

@@ -22,7 +22,7 @@ from knormpress.measure.prefill import filled_cache, prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy
-from knormpress.records.schema import ROUNDING_KL, DocumentScore, Quality
+from knormpress.records.figures import ROUNDING_KL, DocumentScore, Quality
 
 __all__ = ["measure_quality", "score_document"]
 

@@ -25,9 +25,10 @@ from knormpress.measure.quality import measure_quality
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.progress import Progress
+from knormpress.records.figures import Quality
 from knormpress.records.git import tree
 from knormpress.records.jsonl import append_record, read_records
-from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Quality, Record, TextInfo
+from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 from knormpress.workload.bench import Bench
 from knormpress.workload.corpora import load_corpus
 from knormpress.workload.devices import resolve

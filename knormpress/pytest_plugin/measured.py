@@ -13,7 +13,8 @@ from knormpress.measure.memory import measure_memory
 from knormpress.measure.quality import measure_quality
 from knormpress.methods.method import Method, describe_method
 from knormpress.policy.policy import Policy
-from knormpress.records.schema import Entry, Latency, Memory, Quality, Result
+from knormpress.records.figures import Latency, Memory, Quality
+from knormpress.records.schema import Entry, Result
 from knormpress.stats.gates import documents_to_decide, gate
 from knormpress.workload.bench import Bench
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -23,6 +24,7 @@ __all__ = [
     "setting",
     "spelled",
     "usage",
+    "warn_of_other_settings",
 ]
 
 T = TypeVar("T")
@@ -129,3 +131,40 @@ def usage(ask: Callable[[], T]) -> T:
         return ask()
     except KnormError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+def warn_of_other_settings(config: pytest.Config) -> None:
+    """Say so where pytest has not read the settings of the current folder.
+
+    pytest looks for them before it knows this plugin's options, so that the value in ``--knorm-model PATH`` counts as a
+    test folder; written ``--knorm-model=PATH`` it does not.
+    """
+    here = config.invocation_params.dir
+    own = next((here / name for name, part in _SETTINGS if _holds(here / name, part)), None)
+    if own is not None and config.inipath != own and config.getoption("inifilename", None) is None:
+        config.issue_config_time_warning(
+            pytest.PytestConfigWarning(
+                f"knormpress: pytest has read {config.inipath or 'no settings'} and not {own}; write options with =, "
+                "as in --knorm-model=PATH, or give --rootdir"
+            ),
+            stacklevel=2,
+        )
+
+
+# Where pytest looks, and what a file must hold to count.
+_SETTINGS = (
+    ("pytest.toml", ""),
+    (".pytest.toml", ""),
+    ("pytest.ini", ""),
+    (".pytest.ini", ""),
+    ("pyproject.toml", "[tool.pytest"),
+    ("tox.ini", "[pytest]"),
+    ("setup.cfg", "[tool:pytest]"),
+)
+
+
+def _holds(path: Path, part: str) -> bool:
+    try:
+        return part in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False

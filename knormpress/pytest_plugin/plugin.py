@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +24,7 @@ from knormpress.pytest_plugin.options import (
     setting,
     spelled,
     usage,
+    warn_of_other_settings,
 )
 from knormpress.pytest_plugin.session import StoredRun
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from knormpress.methods.method import Method
     from knormpress.policy.policy import Policy
     from knormpress.pytest_plugin.measured import Measured
-    from knormpress.records.schema import Latency, Memory, Result
+    from knormpress.records.figures import Latency, Memory
+    from knormpress.records.schema import Result
     from knormpress.workload.bench import Bench
 
 __all__ = [
@@ -64,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and read the stored runs before anything is measured."""
-    _warn_of_other_settings(config)
+    warn_of_other_settings(config)
     config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
     if flag(config, "save") or flag(config, "compare"):
         config.stash[_RUN] = usage(lambda: StoredRun.begin(config))
@@ -337,43 +338,6 @@ def _asked_of(config: pytest.Config, method: Method) -> Policy | None:
 
     asked = (press for made, press in config.stash.get(_ASKED, []) if made is method)
     return next(asked, None) or policy_of(method)
-
-
-def _warn_of_other_settings(config: pytest.Config) -> None:
-    """Say so where pytest has not read the settings of the current folder.
-
-    pytest looks for them before it knows this plugin's options, so that the value in ``--knorm-model PATH`` counts as a
-    test folder; written ``--knorm-model=PATH`` it does not.
-    """
-    here = config.invocation_params.dir
-    own = next((here / name for name, part in _SETTINGS if _holds(here / name, part)), None)
-    if own is not None and config.inipath != own and config.getoption("inifilename", None) is None:
-        config.issue_config_time_warning(
-            pytest.PytestConfigWarning(
-                f"knormpress: pytest has read {config.inipath or 'no settings'} and not {own}; write options with =, "
-                "as in --knorm-model=PATH, or give --rootdir"
-            ),
-            stacklevel=2,
-        )
-
-
-# Where pytest looks, and what a file must hold to count.
-_SETTINGS = (
-    ("pytest.toml", ""),
-    (".pytest.toml", ""),
-    ("pytest.ini", ""),
-    (".pytest.ini", ""),
-    ("pyproject.toml", "[tool.pytest"),
-    ("tox.ini", "[pytest]"),
-    ("setup.cfg", "[tool:pytest]"),
-)
-
-
-def _holds(path: Path, part: str) -> bool:
-    try:
-        return part in path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
 
 
 def _finish(item: pytest.Item, *, passed: bool) -> None:

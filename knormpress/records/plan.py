@@ -17,8 +17,8 @@ from knormpress.errors import KnormError
 from knormpress.files import replacing
 from knormpress.policy.plan import FORMAT, expect_model, read_plan_file
 from knormpress.policy.policy import Policy
+from knormpress.records.figures import Quality, Strict
 from knormpress.records.jsonl import fault
-from knormpress.records.schema import Quality, Strict
 from knormpress.stats.intervals import Change
 
 __all__ = ["KeptTokens", "Plan", "PlannedModel", "PlannedTargets", "Point", "Sensitivities", "read_plan", "write_plan"]

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from knormpress.compare.promises import Judgement, judge_claims, judge_targets
 from knormpress.compare.settings import group_records
-from knormpress.records.schema import Record, Speed
+from knormpress.records.figures import Speed
+from knormpress.records.schema import Record
 from knormpress.show.console import make_console
 from knormpress.stats.intervals import Change
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from knormpress.errors import KnormError
-from knormpress.records.schema import Reading
+from knormpress.records.figures import Reading
 
 __all__ = [
     "DeviceState",

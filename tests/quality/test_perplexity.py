@@ -7,7 +7,7 @@ import pytest
 from knormpress import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.pytest_plugin.measured import score
-from knormpress.records.schema import ROUNDING_KL
+from knormpress.records.figures import ROUNDING_KL
 from knormpress.stats.gates import gate
 
 GATED = {"keep 0.9": KnormPress(0.9), "keep 0.8": KnormPress(0.8)}

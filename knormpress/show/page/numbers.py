@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 
+from knormpress.records.figures import Speed
 from knormpress.records.history import History
-from knormpress.records.schema import Record, Speed
+from knormpress.records.schema import Record
 from knormpress.show.page.parts import Block, Download
 from knormpress.show.page.past import FIGURES
 from knormpress.stats.intervals import Change

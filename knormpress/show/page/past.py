@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from knormpress.compare.stored import judge_newest
 from knormpress.compare.verdicts import Verdict
 from knormpress.errors import KnormError
+from knormpress.records.figures import Timed
 from knormpress.records.history import History
-from knormpress.records.schema import Entry, Timed
+from knormpress.records.schema import Entry
 from knormpress.show.page.parts import Block, Cell, Chart, Charts, Heading, Statement, Statements, Table, Tone, Words
 from knormpress.show.page.words import interval
 from knormpress.show.pictures.history import Course, draw_history

@@ -18,7 +18,7 @@ from matplotlib import style as matplotlib_style
 from knormpress.compare.settings import group_records
 from knormpress.compare.verdicts import THRESHOLDS
 from knormpress.errors import KnormError
-from knormpress.files import replacing
+from knormpress.files import make_room, replacing
 from knormpress.progress import Progress, ticking
 from knormpress.records.checks import sound
 from knormpress.records.history import History
@@ -61,8 +61,7 @@ def write_report(
     """
     sections = build_sections(records, history, thresholds, plans)
     for path in filter(None, (page, markdown)):
-        if path.is_dir():
-            raise KnormError(f"{path} is a folder; wanted a file: name a file to write to")
+        make_room(path)
     texts = {page: render_page(sections, progress)}
     if markdown is not None:
         texts[markdown] = render_markdown([section for section in sections if section.identifier in _IN_SUMMARY])
@@ -73,8 +72,6 @@ def write_report(
 
 
 def _write_together(texts: Mapping[Path, str]) -> None:
-    for path in texts:
-        path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for path, text in texts.items():
             stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")

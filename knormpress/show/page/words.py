@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from knormpress.compare.promises import Judgement, judge_claims, judge_targets
 from knormpress.compare.settings import differences
-from knormpress.records.schema import ROUNDING_KL, Record, Speed, ppl_change_between
+from knormpress.records.figures import ROUNDING_KL, Speed, ppl_change_between
+from knormpress.records.schema import Record
 from knormpress.show.page.parts import Block, Cell, Facts, Heading, Line, Statement, Statements, Table, Tone, Words
 from knormpress.show.page.settings import NOISE, Family, is_control, listed
 from knormpress.show.pictures.style import pretty, three_digits

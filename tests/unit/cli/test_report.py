@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_the_old_page(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["broken.jsonl"], "broken.jsonl line 1"),
         (["sick.jsonl"], "knorm at keep ratio 0.9, document 0, has a score of nan"),
         (["good.jsonl", "--output", "."], ". is a folder"),
-        (["good.jsonl", "--output", "good.jsonl/x.html"], "good.jsonl can't be written"),
+        (["good.jsonl", "--output", "good.jsonl/x.html"], "written to good.jsonl"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(arguments: list[str], named: str, fails: Fails) -> None:

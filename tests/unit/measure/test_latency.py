@@ -19,7 +19,7 @@ from knormpress.measure import calibration, latency
 from knormpress.measure.latency import cold_ttft, measure_latency, time_generation, weights_tpot
 from knormpress.methods.full import FullCache
 from knormpress.methods.knorm import KnormPress
-from knormpress.records.schema import Run
+from knormpress.records.figures import Run
 from tests.strategies import VOCABULARY, tiny_model
 
 PAUSE = 0.05

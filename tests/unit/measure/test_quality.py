@@ -18,7 +18,7 @@ from knormpress.methods.full import FullCache
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.method import Method
 from knormpress.methods.registry import make_method
-from knormpress.records.schema import DocumentScore
+from knormpress.records.figures import DocumentScore
 from tests.strategies import VOCABULARY, tiny_model
 
 CONTEXT = 48

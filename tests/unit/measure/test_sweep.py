@@ -25,8 +25,9 @@ from knormpress.measure.options import Candidates, Effort, Source
 from knormpress.measure.quality import score_document
 from knormpress.measure.sweep import SweepSettings, run
 from knormpress.progress import Progress
+from knormpress.records.figures import Quality
 from knormpress.records.jsonl import read_records
-from knormpress.records.schema import Quality, Record
+from knormpress.records.schema import Record
 from knormpress.workload.bench import Bench
 from knormpress.workload.corpora import load_corpus
 from tests.plan_factory import make_plan

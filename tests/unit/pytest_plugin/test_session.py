@@ -11,8 +11,8 @@ import pytest
 
 from knormpress.measure.memory import measure_memory
 from knormpress.pytest_plugin import measured
+from knormpress.records.figures import Memory
 from knormpress.records.history import History
-from knormpress.records.schema import Memory
 from tests.repository import run_git
 from tests.unit.conftest import Run
 

@@ -9,7 +9,8 @@ import pytest
 
 from knormpress.errors import KnormError
 from knormpress.records.checks import sound
-from knormpress.records.schema import Record, Run
+from knormpress.records.figures import Run
+from knormpress.records.schema import Record
 from knormpress.stats.perplexity import LARGEST_NATS
 from tests.record_factory import make_record
 

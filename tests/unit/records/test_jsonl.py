@@ -15,8 +15,9 @@ import pytest
 from filelock import FileLock
 
 from knormpress.errors import KnormError
+from knormpress.records.figures import Run
 from knormpress.records.jsonl import append_record, read_records
-from knormpress.records.schema import SCHEMA_VERSION, Record, Run
+from knormpress.records.schema import SCHEMA_VERSION, Record
 from tests.record_factory import make_record
 
 ROOT = Path(__file__).parents[3]

@@ -7,17 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from knormpress.policy.policy import Policy
-from knormpress.records.schema import (
-    SPEED_MOVED,
-    DocumentScore,
-    Latency,
-    Memory,
-    Quality,
-    Run,
-    ppl_change_between,
-    ratio_label,
-)
+from knormpress.records.figures import SPEED_MOVED, DocumentScore, Latency, Memory, Quality, Run, ppl_change_between
+from knormpress.records.schema import ratio_label
 from knormpress.stats.intervals import Change
 from tests.record_factory import make_record
 
@@ -149,13 +140,6 @@ def test_a_plan_stands_for_its_mean(plan: tuple[float, ...] | None, keep_ratio: 
 @pytest.mark.parametrize(("ratio", "text"), [(1.0, "1.0"), (0.9, "0.9"), (0.05, "0.05"), (0.58333, "0.583")])
 def test_a_keep_ratio_as_text(ratio: float, text: str) -> None:
     assert ratio_label(ratio) == text
-
-
-def test_a_method_holds_its_policy() -> None:
-    policy = Policy(0.5, 17, (0, -1), None, 3, 5, "iterative")
-    method = make_record().policy.model_copy(update=policy.as_dict())
-    assert method.policy == policy
-    assert method.method == "knorm"
 
 
 def test_a_changed_copy_has_figures_of_its_own():

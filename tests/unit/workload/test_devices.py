@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from knormpress import KnormError
-from knormpress.records.schema import Reading
+from knormpress.records.figures import Reading
 from knormpress.workload import devices
 from knormpress.workload.devices import PeakMemory, describe_devices, device_name, resolve, synchronize, usable
 
