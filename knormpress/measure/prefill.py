@@ -10,9 +10,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from knormpress.errors import KnormError
-from knormpress.methods.method import Method, caches_of
+from knormpress.methods.method import Method, caches_of, describe_method
+from knormpress.policy.policy import Policy
 
-__all__ = ["filled_cache", "prefill", "slots_of"]
+__all__ = ["expect_pruned", "filled_cache", "prefill", "slots_of"]
 
 
 def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int | None = None) -> Tensor:
@@ -66,3 +67,24 @@ def slots_of(cache: Cache) -> list[int]:
     """How many slots each layer stores; 0 where a layer has no keys."""
     keys_of_layers = (getattr(layer, "keys", None) for layer in cache.layers)
     return [0 if keys is None else keys.shape[-2] for keys in keys_of_layers]
+
+
+def expect_pruned(method: Method, policy: Policy | None, cache: Cache, full: list[int]) -> None:
+    """Check that a method whose policy drops tokens holds fewer than the full cache.
+
+    Args:
+        method: the method that made the cache.
+        policy: the policy that it should follow; None if it has none.
+        cache: the method's cache, filled.
+        full: ``slots_of`` the full cache with the same tokens.
+
+    Raises:
+        KnormError: it holds as many.
+    """
+    if policy is None or not policy.drops or slots_of(cache) != full:
+        return
+    raise KnormError(
+        f"text too short to be pruned: {describe_method(method)} dropped none of {max(full)} tokens at keep_ratio "
+        f"{policy.keep_ratio}, prune_after {policy.prune_after}, skip_layers {policy.skip_layers}; use a longer text "
+        "or less prune_after"
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from knormpress.errors import KnormError
-from knormpress.measure.prefill import filled_cache, prefill, slots_of
+from knormpress.measure.prefill import expect_pruned, filled_cache, prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy
@@ -115,7 +115,7 @@ def score_document(
         scores = []
         for method in methods:
             with filled_cache(model, method, prompt, full, chunk=prefill_chunk) as cache:
-                _check_pruned(method, cache, tokens_held, context)
+                expect_pruned(method, policy_of(method), cache, tokens_held)
                 scores.append(
                     predictions.compare(document, _teacher_forced(model, fed, cache), describe_method(method))
                 )
@@ -126,17 +126,6 @@ def _teacher_forced(model: PreTrainedModel, fed: Tensor, cache: Cache) -> Tensor
     """The logits (S, V) of the tokens ``fed``, sent in one pass after those that ``cache`` holds."""
     logits: Tensor = model(input_ids=fed, past_key_values=cache, use_cache=True).logits[0]
     return logits
-
-
-def _check_pruned(method: Method, cache: Cache, full: list[int], context: int) -> None:
-    """Check that a method whose policy drops tokens holds fewer than the full cache."""
-    policy = policy_of(method)
-    if policy is None or not policy.drops or slots_of(cache) != full:
-        return
-    raise KnormError(
-        f"text too short to be pruned: none of {context} tokens was dropped at keep_ratio {policy.keep_ratio}, "
-        f"prune_after {policy.prune_after}, skip_layers {policy.skip_layers}; use a longer text or less prune_after"
-    )
 
 
 class _FullCachePredictions:
