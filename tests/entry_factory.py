@@ -18,13 +18,13 @@ def make_entry(
     commit: str | None = COMMIT,
     dirty: bool = False,
     method: str = "KnormPress(keep_ratio=0.9)",
-    parts: tuple[str, ...] = ("latency", "memory", "quality"),
+    parts: tuple[str, ...] = ("latency", "memory", "quality", "retrieval"),
     passed: bool = True,
     verdicts: dict[str, str] | None = None,
     **parameters: Any,
 ) -> Entry:
     """An entry of the commit ``commit``; the rest as for ``make_record``."""
-    record = make_record(keep_ratio, **parameters)
+    record = make_record(keep_ratio, **{"found": 1.0, **parameters})
     changed = {"git_commit": commit, "git_dirty": dirty}
     return Entry(
         run=run,

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from knormpress.records.figures import DocumentScore, Latency, Memory, Quality, Reading, Run
+from knormpress.records.retrieval import Answer, Item, Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 
-__all__ = ["make_record", "make_records"]
+__all__ = ["make_record", "make_records", "make_retrieval"]
 
 # Changes in % at a few keep ratios, of the size that a small model shows on a CPU; between them they are interpolated.
 _RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -38,13 +39,15 @@ def make_record(
     weights_tpot_s: float | None = None,
     method: str = "knorm",
     plan: tuple[float, ...] | None = None,
+    found: float | None = None,
     seed: int = 0,
     **names: Any,
 ) -> Record:
     """A whole record in which the changes in % are as asked for.
 
     ``noise`` is the relative standard deviation of each time, ``drift`` the slowdown of the machine from the first pair
-    of runs to the last. The PPL change is met exactly. ``names`` replaces fields of environment, model and text, such
+    of runs to the last. The PPL change is met exactly. ``found`` is the share of retrieval items
+    that are found; None if nothing was asked. ``names`` replaces fields of environment, model and text, such
     as ``device="cuda"``, ``model_name="other"`` or ``text_name="prose"``.
     """
     random = np.random.default_rng([seed, round(keep_ratio * 1000), prompt_tokens])
@@ -120,7 +123,27 @@ def make_record(
             candidate_decoded_bytes=math.ceil(cache_bytes * (1 + 29 * keep_ratio) / 30) * 103 // 100,
         ),
         quality=_quality(np.random.default_rng(seed), documents, scored, ppl, keep_ratio),
+        retrieval=None if found is None else make_retrieval(found, seed=seed),
     )
+
+
+def make_retrieval(
+    found: float, *, texts: int = 6, tasks: tuple[str, ...] = ("multikey-prose", "list"), seed: int = 0
+) -> Retrieval:
+    """Four items for each text of each task, all solved by the full cache, of which about the share ``found`` is."""
+    random = np.random.default_rng(seed)
+    kept = iter(random.permutation(np.arange(4 * texts * len(tasks)) < round(4 * texts * len(tasks) * found)))
+    items = []
+    for task in tasks:
+        for text in range(texts):
+            for question in range(4):
+                is_found = bool(next(kept))
+                full = Answer(nll=0.5, found=True, chosen=True)
+                candidate = Answer(nll=0.6 if is_found else 8.0, found=is_found, chosen=is_found)
+                depth, length = 0.05 + question / 4.2, (660, 860, 1060, 1300)[text % 4]
+                place = {"task": task, "text": text, "name": f"key {question}", "length": length, "depth": depth}
+                items.append(Item(**place, tokens=6, full=full, candidate=candidate))
+    return Retrieval(asked=dict.fromkeys(tasks, 4 * texts + 2), items=tuple(items))
 
 
 def make_records(keep_ratios: Iterable[float], **parameters: Any) -> list[Record]:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,7 @@ def baseline(
     from knormpress.show.full_cache import describe_full_cache
 
     full = Candidates(keep_ratios=(1.0,), method="full")
+    effort = replace(effort, tasks=effort.tasks or ())  # what the full cache finds is all that it could lose
     for record in measure_cells(full, effort, source, output / _BASELINE_FILE, fresh=fresh):
         if as_json:
             typer.echo(record.model_dump_json())

@@ -66,6 +66,7 @@ def setting(record: Record) -> dict[str, object]:
         "samples": conditions.samples,
         "context tokens": conditions.context_tokens,
         "scored tokens": conditions.scored_tokens,
+        "retrieval": f"{conditions.texts} texts of {', '.join(conditions.tasks)}" if conditions.tasks else "none",
     }
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Literal, TypeAlias
 
 from knormpress.errors import KnormError
 from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Quality, Timed
+from knormpress.records.retrieval import Item
 from knormpress.records.schema import Entry, Environment
 from knormpress.stats.intervals import Change, percent, ratio_of_ratios
 from knormpress.stats.perplexity import ppl_change
+from knormpress.stats.shares import share_of
 
 __all__ = [
     "THRESHOLDS",
@@ -41,8 +43,16 @@ THRESHOLDS: Mapping[str, float] = {
     "bytes": 0.5,
     "ppl": 1.0,
     "kl": 5.0,
+    "found": 2.0,
+    "answers": 5.0,
 }
-"""The allowed loss in % of each metric; a larger loss is a regression. Names with ``_s`` are absolute times."""
+"""The allowed loss in % of each metric; a larger loss is a regression. Names with ``_s`` are absolute times.
+
+``found`` is in points of the share of retrieval items that are found, ``answers`` the perplexity of their answers.
+"""
+
+# More than these are counted in the reason; the report has all of them.
+_LISTED = 6
 
 _FROM_BAD_TO_GOOD: tuple[Word, ...] = (
     "regressed",
@@ -92,6 +102,7 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
     """
     findings = [*_timings(before, now, thresholds), *_bytes(before, now, thresholds)]
     findings += _quality(before[-1], now[-1], thresholds)
+    findings += _retrieval(before[-1], now[-1], thresholds)
     if not findings:
         return Verdict(now[-1].test, "incomparable", f"{reason}, without a figure in common")
     word = worst([finding.word for finding in findings if finding.word != "incomparable"] or ["incomparable"])
@@ -208,6 +219,32 @@ def _quality(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list
         return [ppl, Finding("kl", "regressed", texts, None, "fell to 0: the full cache was scored")]
     rise = percent(kls[1] / kls[0])
     return [ppl, _finding("kl", texts, Change(rise, rise, rise), 1.0, thresholds["kl"])]
+
+
+def _retrieval(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list[Finding]:
+    """Compare item by item: what the candidate found, and how probable its answers were."""
+    old, new = before.retrieval, now.retrieval
+    if old is None or new is None:
+        return []
+    pairs = new.paired(old)
+    if old.asked != new.asked or not pairs:
+        reason = "is not compared: other items were asked" if pairs else "is not compared: no item in common"
+        return [Finding(name, "incomparable", ("", ""), None, reason) for name in ("found", "answers")]
+    shown = _pair(str(share_of([(item.candidate.found, 1) for item in side])) for side in zip(*pairs, strict=True))
+    found = _finding("found", shown, new.found_since(old), -1.0, thresholds["found"])
+    listed = [
+        f"{word}: {', '.join(labels[:_LISTED])}{f' and {len(labels) - _LISTED} more' if len(labels) > _LISTED else ''}"
+        for word, labels in (("lost", _moved(pairs, lost=True)), ("gained", _moved(pairs, lost=False)))
+        if labels
+    ]
+    found = replace(found, reason="; ".join(filter(None, [found.reason, *listed])))
+    rises = _pair(f"{side.nll_rise or 0.0:+.2f} nats" for side in (old, new))
+    return [found, _finding("answers", rises, new.answers_since(old), 1.0, thresholds["answers"])]
+
+
+def _moved(pairs: Sequence[tuple[Item, Item]], *, lost: bool) -> list[str]:
+    """The items that were found before and are not now, or the other way round, in words."""
+    return [new.label for old, new in pairs if (old.candidate.found, new.candidate.found) == (lost, not lost)]
 
 
 def _finding(metric: str, shown: tuple[str, str], change: Change, worse: float, threshold: float) -> Finding:

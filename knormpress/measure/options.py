@@ -118,6 +118,10 @@ def _layers(text: str) -> tuple[int, ...]:
     return () if text.strip().lower() in ("", "none") else numbers(text, int)
 
 
+def _tasks(text: str) -> tuple[str, ...]:
+    return () if text.strip().lower() == "none" else words(text)
+
+
 def _plan(path: str) -> Plan:
     from knormpress.records.plan import read_plan
 
@@ -168,6 +172,9 @@ class Effort:
         new_tokens: tokens (>= 2) of a timed generation.
         prefill_chunk: the most tokens (>= 1) of a prompt in one forward pass; None sends it in one pass.
         samples: documents (>= 1) on which perplexity is measured.
+        tasks: retrieval tasks, see ``workload.tasks.haystack``. None for the default ones, which are left out where
+            model or text can't have them; named ones are an error then.
+        texts: texts (>= 1) for each of these tasks.
         rounds: the least number (>= 1) of timed pairs per cell.
         precision: timing stops once the intervals' half width in % (>= 0) is at most this.
         seconds: after ``rounds``, no pair is started after this time (>= 0).
@@ -184,6 +191,13 @@ class Effort:
     samples: int = _setting(
         3, int, "Documents on which perplexity is measured.", spellings=("num-wikitext-samples", "samples")
     )
+    tasks: tuple[str, ...] | None = _setting(
+        None,
+        str,
+        'Retrieval tasks, separated by commas, "all" or "none"; multikey-prose,list,json,passkey unless given.',
+        read=_tasks,
+    )
+    texts: int = _setting(3, int, "Texts for each retrieval task; a text has up to four questions.")
     rounds: int = _setting(5, int, "Least number of timed pairs of runs for each cell.")
     precision: float = _setting(3.0, float, "Stop timing once the intervals' half width in % is at most this.")
     seconds: float = _setting(20.0, float, "After --rounds, start no pair of a cell later than this many seconds.")
@@ -196,6 +210,7 @@ class Effort:
         for name, value, least in (
             ("prompt_tokens", min(self.prompt_tokens), 1),
             ("samples", self.samples, 1),
+            ("texts", self.texts, 1),
             ("scored_tokens", self.scored_tokens, 1),
             ("rounds", self.rounds, 1),
             ("new_tokens", self.new_tokens, 2),

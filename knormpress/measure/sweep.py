@@ -22,20 +22,26 @@ from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
 from knormpress.measure.quality import measure_quality
+from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.progress import Progress
 from knormpress.records.figures import Quality
 from knormpress.records.git import tree
 from knormpress.records.jsonl import append_record, read_records
+from knormpress.records.retrieval import Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 from knormpress.workload.bench import Bench
 from knormpress.workload.corpora import load_corpus
 from knormpress.workload.devices import resolve
+from knormpress.workload.tasks.draw import LENGTHS
+from knormpress.workload.tasks.haystack import DEFAULT_TASKS, Haystack, haystacks, named_tasks
 
-__all__ = ["SweepSettings", "run"]
+__all__ = ["SweepSettings", "run", "tasks_of"]
 
 _LEAST_SCORED = 32
+# The prompt for which the usual lengths of texts with something to find are made.
+_USUAL_PROMPT = 1_024
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class SweepSettings:
     source: Source = field(default_factory=Source)
 
     def __post_init__(self) -> None:
+        tasks_of(self.effort)
         shortest = min(self.effort.prompt_tokens)
         for press in self.candidates.presses:
             make_method(self.candidates.method, press)
@@ -116,6 +123,7 @@ def _measure(
     chunk = effort.prefill_chunk
     cold_s = None
     qualities: dict[KnormPress, Quality] = {}
+    retrieved: dict[KnormPress, Retrieval] = {}
     if pending:
         bench.check_length(prompt_tokens + effort.new_tokens)
         scored = _scored_tokens(effort, bench, prompt_tokens)
@@ -140,6 +148,13 @@ def _measure(
             after_document=steps.tick,
         )
         qualities = dict(zip(pending, measured, strict=True))
+        asked = _haystacks(settings, bench, prompt_tokens, steps.progress)
+        if asked:
+            steps.begin("retrieval, all keep ratios at once")
+            found = measure_retrieval(
+                bench.model, methods, asked, prefill_chunk=chunk, policies=pending, after_text=steps.tick
+            )
+            retrieved = dict(zip(pending, found, strict=True))
     for press, known in cells.items():
         if press not in qualities:
             yield stored[_key_of(**known)]
@@ -171,7 +186,14 @@ def _measure(
         latency = latency.model_copy(update={"weights_tpot_s": weights_tpot(bench.model, prompt)})
         cold_s = None
         created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        yield Record(created=created, latency=latency, memory=memory, quality=qualities[press], **known)
+        yield Record(
+            created=created,
+            latency=latency,
+            memory=memory,
+            quality=qualities[press],
+            retrieval=retrieved.get(press),
+            **known,
+        )
 
 
 def _before_measuring(settings: SweepSettings, bench: Bench, press: KnormPress, prompt_tokens: int) -> dict[str, Any]:
@@ -190,8 +212,31 @@ def _before_measuring(settings: SweepSettings, bench: Bench, press: KnormPress, 
             samples=effort.samples,
             context_tokens=prompt_tokens,
             scored_tokens=_scored_tokens(effort, bench, prompt_tokens),
+            tasks=tasks_of(effort),
+            texts=effort.texts,
         ),
     }
+
+
+def tasks_of(effort: Effort) -> tuple[str, ...]:
+    """The names of the retrieval tasks that are asked for."""
+    return tuple(task.name for task in named_tasks(DEFAULT_TASKS if effort.tasks is None else effort.tasks))
+
+
+def _haystacks(settings: SweepSettings, bench: Bench, prompt_tokens: int, progress: Progress) -> list[Haystack]:
+    """The texts with something to find, about as long as the prompt and long enough to be pruned."""
+    effort = settings.effort
+    least = max((press.prune_after for press in settings.candidates.presses if press.drops), default=1)
+    scaled = (round(length * prompt_tokens / _USUAL_PROMPT) for length in LENGTHS["held-out"])
+    lengths = [max(least, length) for length in scaled]
+    try:
+        tasks = tasks_of(effort)
+        return haystacks(bench, tasks, count=effort.texts, lengths=lengths) if tasks else []
+    except KnormError as error:
+        if effort.tasks is not None:
+            raise
+        progress.say(f"no retrieval: {error}")
+        return []
 
 
 def _scored_tokens(effort: Effort, bench: Bench, prompt_tokens: int) -> int:
@@ -261,7 +306,7 @@ class _Steps:
         self.progress = progress
         self.runs = 2 * (settings.effort.rounds + 1)
         self.per_cell = self.runs + 2
-        self.documents = settings.effort.samples
+        self.documents = settings.effort.samples + settings.effort.texts * len(tasks_of(settings.effort))
         self.cells = len(settings.candidates.presses)
         lengths = len(settings.source.device) * len(settings.effort.prompt_tokens)
         self.total = lengths * (self.cells * self.per_cell + self.documents)

@@ -11,14 +11,21 @@ from knormpress.errors import KnormError
 from knormpress.measure.latency import measure_latency
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.quality import measure_quality
+from knormpress.measure.retrieval import measure_retrieval
+from knormpress.methods.knorm import KnormPress
 from knormpress.methods.method import Method, describe_method
+from knormpress.methods.registry import make_method
 from knormpress.policy.policy import Policy
 from knormpress.records.figures import Latency, Memory, Quality
 from knormpress.records.schema import Entry, Result
 from knormpress.stats.gates import documents_to_decide, gate
 from knormpress.workload.bench import Bench
+from knormpress.workload.tasks.haystack import haystacks, named_tasks
 
-__all__ = ["Measured", "gated", "score"]
+__all__ = ["CONTROLS", "Measured", "gated", "retrieval_controls", "retrieve", "score"]
+
+CONTROLS = ("random", "recent-window")
+"""The controls of a retrieval gate."""
 
 
 def score(
@@ -42,6 +49,41 @@ def score(
         Result(method=describe_method(method), conditions=conditions, quality=quality)
         for method, quality in zip(methods, qualities, strict=True)
     ]
+
+
+def retrieve(
+    bench: Bench,
+    methods: Sequence[Method],
+    policies: Sequence[Policy | None] | None = None,
+    *,
+    tasks: Sequence[str],
+    texts: int,
+) -> list[Result]:
+    """Ask the full cache and each method's cache what stands in held-out texts; they share each text's prefill.
+
+    Args:
+        bench: the model and the text.
+        methods, policies: as for ``measure.retrieval.measure_retrieval``.
+        tasks: names of tasks, see ``workload.tasks.haystack``.
+        texts: texts for each task.
+
+    Raises:
+        KnormError: as for ``measure_retrieval`` and ``haystacks``.
+    """
+    asked = haystacks(bench, tasks, count=texts)
+    measured = measure_retrieval(bench.model, methods, asked, policies=policies)
+    conditions: dict[str, int | None] = {task.name: texts for task in named_tasks(tasks)}
+    return [
+        Result(method=describe_method(method), conditions=conditions, retrieval=retrieval)
+        for method, retrieval in zip(methods, measured, strict=True)
+    ]
+
+
+def retrieval_controls(policy: Policy) -> dict[str, Method]:
+    """The methods that must find less than any good one, under the same policy; none where it drops nothing."""
+    if not policy.drops:
+        return {}
+    return {name: make_method(name, KnormPress.of(policy)) for name in CONTROLS}
 
 
 def gated(quality: Quality, tolerance: float) -> tuple[str, str]:
@@ -128,6 +170,11 @@ class Measured:
         """Store a result of ``score``."""
         self._check_first("quality")
         self._results["quality"] = result
+
+    def retrieval(self, result: Result) -> None:
+        """Store a result of ``retrieve``."""
+        self._check_first("retrieval")
+        self._results["retrieval"] = result
 
     def entry(self, *, passed: bool) -> Entry | None:
         """All measurements as an entry, or None if there are none."""

@@ -51,6 +51,8 @@ OPTIONS = {
         _shared("corpus"),
         _shared("samples", 16),
         Option("ppl_tolerance", 5.0, "Change of perplexity in %, up or down, that passes a quality gate.", float),
+        Option("retrieval_share", 0.9, "Share of the full cache's items that a retrieval gate requires.", float),
+        _shared("tasks"),
         Option("passkey_share", 0.9, "Share of the passkeys that a passkey gate requires.", float),
         _shared("plan", text="Plan from knormpress tune, used in place of the keep ratios."),
         _shared("method"),

@@ -46,6 +46,8 @@ __all__ = [
     "knorm_passkeys",
     "knorm_ppl_tolerance",
     "knorm_quality",
+    "knorm_retrieval",
+    "knorm_retrieval_gate",
 ]
 
 
@@ -234,6 +236,64 @@ def knorm_gate(
             pytest.xfail(f"inconclusive: {figures}")
         if decision == "fail":
             pytest.fail(figures, pytrace=False)
+
+    return decide
+
+
+@pytest.fixture(scope="session")
+def knorm_retrieval(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[Result]]:
+    """Ask the caches of several methods what stands in texts, see ``measure.retrieval``.
+
+    Called as ``knorm_retrieval([method, ...], tasks=None, texts=8)``; ``tasks`` are names, those of ``--knorm-tasks``
+    unless given, and ``texts`` their number for each task. Returns a result for each method, whose ``retrieval`` has
+    every item.
+    """
+
+    def ask(methods: Sequence[Method], *, tasks: Sequence[str] | None = None, texts: int = 8) -> list[Result]:
+        from knormpress.pytest_plugin.measured import retrieve
+        from knormpress.workload.tasks.haystack import DEFAULT_TASKS
+
+        policies = [_asked_of(request.config, method) for method in methods]
+        named = tasks or number(request.config, "tasks") or DEFAULT_TASKS
+        return retrieve(knorm_bench, methods, policies, tasks=named, texts=texts)
+
+    return ask
+
+
+@pytest.fixture
+def knorm_retrieval_gate(
+    _knorm_measured: Measured, knorm_retrieval: Callable[..., list[Result]], request: pytest.FixtureRequest
+) -> Callable[..., None]:
+    """Let the test pass only if a method finds ``--knorm-retrieval-share`` of what the full cache finds.
+
+    Called as ``knorm_retrieval_gate(method, tasks=None, texts=8)``. ``random`` and ``recent-window`` are asked the same
+    under the same policy. A task which one of them passes, or which the full cache hardly solves, decides nothing; the
+    test says so. The whole 95 % interval (Wilson's) decides, as in ``knorm_gate``.
+    """
+    wanted = number(request.config, "retrieval_share")
+
+    def decide(method: Method, **asked: Any) -> None:
+        from knormpress.compare.retrieval import judge_retrieval
+        from knormpress.pytest_plugin.measured import retrieval_controls
+
+        policy = _asked_of(request.config, method)
+        if policy is None:
+            pytest.fail(
+                "the method has no policy, under which controls could be asked; take it from knorm_method, or give it "
+                "a press",
+                pytrace=False,
+            )
+        controls = retrieval_controls(policy)
+        own, *others = knorm_retrieval([method, *controls.values()], **asked)
+        _knorm_measured.retrieval(own)
+        assert own.retrieval is not None
+        found = {name: other.retrieval for name, other in zip(controls, others, strict=True) if other.retrieval}
+        outcome = judge_retrieval(own.retrieval, found, wanted)
+        print(outcome.text)
+        if outcome.decision == "inconclusive":
+            pytest.xfail(f"inconclusive: {outcome.text}")
+        if outcome.decision == "fail":
+            pytest.fail(outcome.text, pytrace=False)
 
     return decide
 

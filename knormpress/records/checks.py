@@ -34,6 +34,9 @@ def sound(record: Record) -> Record:
                 f"{sum(run.gaps_s)} s in all; wanted times above 0 and at least 2 new tokens: measure it again"
             )
     _check_scores(record, cell)
+    for item in record.retrieval.items if record.retrieval else ():
+        if not all(math.isfinite(answer.nll) for answer in (item.full, item.candidate)):
+            raise KnormError(f"{cell} has an answer without a finite score, {item.label}; measure it again")
     return record
 
 

@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 
 from knormpress.records.figures import Strict
-from knormpress.stats.intervals import Change
+from knormpress.stats.intervals import Change, percent
 from knormpress.stats.perplexity import ppl_change
 from knormpress.stats.shares import Share, found_change, share_of
 
@@ -74,6 +74,14 @@ class Retrieval(Strict):
         for item in self.items:
             texts.setdefault((item.task, item.text), []).append(item.candidate.found)
         return share_of([(sum(found), len(found)) for found in texts.values()])
+
+    @property
+    def change(self) -> Change:
+        """The items lost, as a change from the full cache in %, with the interval of the share."""
+        share = self.share
+        if not share.known:
+            return Change(0.0, None, None)
+        return Change(percent(share.value), percent(share.low), percent(share.high))
 
     @property
     def chosen(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from knormpress.records.figures import Latency, Memory, Quality, Strict
+from knormpress.records.retrieval import Retrieval
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -76,7 +77,7 @@ class MethodInfo(Strict):
 
 
 class Conditions(Strict):
-    """The conditions under which a cell of a sweep was measured."""
+    """The conditions under which a cell of a sweep was measured; ``texts`` of each retrieval task in ``tasks``."""
 
     prompt_tokens: int
     new_tokens: int
@@ -85,6 +86,8 @@ class Conditions(Strict):
     samples: int
     context_tokens: int
     scored_tokens: int
+    tasks: tuple[str, ...] = ()
+    texts: int = 0
 
 
 class Record(Strict):
@@ -100,6 +103,7 @@ class Record(Strict):
     latency: Latency
     memory: Memory
     quality: Quality
+    retrieval: Retrieval | None = None
 
     @property
     def keep_ratio(self) -> float:
@@ -119,7 +123,7 @@ class Result(Strict):
     Args:
         method: a text for the method that is the same for equal methods.
         conditions: such as numbers of prompt and scored tokens, by name; only results with equal ones are compared.
-        latency, memory, quality: the measurements that were made.
+        latency, memory, quality, retrieval: the measurements that were made.
     """
 
     method: str
@@ -127,6 +131,7 @@ class Result(Strict):
     latency: Latency | None = None
     memory: Memory | None = None
     quality: Quality | None = None
+    retrieval: Retrieval | None = None
 
 
 class Entry(Result):

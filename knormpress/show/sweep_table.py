@@ -67,9 +67,20 @@ def _heading(records: Sequence[Record]) -> Text:
         f"device   {environment.device} ({environment.device_name}), threads: {environment.threads}",
         f"timing   {prompt}, pairs of runs: {' to '.join(dict.fromkeys((str(min(pairs)), str(max(pairs)))))}",
         f"quality  {conditions.samples:,} samples: {conditions.scored_tokens:,} tokens scored after {context:,}",
+        *_retrieval(records),
         f"cache    {_megabytes(records[0].memory.baseline_cache_bytes)} MB when nothing is pruned{_then(records[0])}",
     ]
     return Text(lines[0], style="bold").append("\n" + "\n".join(lines[1:]), style="not bold")
+
+
+def _retrieval(records: Sequence[Record]) -> list[str]:
+    """What was asked, and how much of it the full cache finds; nothing if nothing was asked."""
+    retrieval = next((record.retrieval for record in records if record.retrieval), None)
+    if retrieval is None:
+        return []
+    solved = retrieval.share.known
+    tasks = ", ".join(f"{task} {retrieval.of(task).share.known}/{asked}" for task, asked in retrieval.asked.items())
+    return [f"found    of {solved} items that the full cache solves ({tasks})"]
 
 
 def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
@@ -107,20 +118,28 @@ def cautions(records: Sequence[Record]) -> list[str]:
 
 def _changes(records: Sequence[Record]) -> Table:
     names = ("TTFT", "throughput", "TPOT", "PPL")
+    asked = any(record.retrieval for record in records)
     table = _table(
         "Change against the full cache, 95 % interval below",
-        ("keep\nratio", "compr.\n%", *(f"{name}\nchange" for name in names), "cache\nMB"),
+        ("keep\nratio", *(f"{name}\nchange" for name in names), *(["found\n"] if asked else []), "cache\nMB"),
         " ".join([*below_the_cache(records), *cautions(records)]) or None,
     )
     for record in records:
         changes = (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl)
         table.add_row(
             record.label,
-            f"{(1.0 - record.keep_ratio) * 100:.3g}",
             *map(_two_lines, changes),
+            *([_found(record)] if asked else []),
             _cache(record),
         )
     return table
+
+
+def _found(record: Record) -> Text:
+    if record.retrieval is None:
+        return Text("-")
+    share = record.retrieval.share
+    return Text(f"{share.found} of {share.known}").append(f"\n{share.ends}", style="dim")
 
 
 def _cache(record: Record) -> Text:

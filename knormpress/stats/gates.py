@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-from scipy.stats import binomtest
-
 from knormpress.stats.intervals import Change
+from knormpress.stats.shares import Share, share_of
 
-__all__ = ["Decision", "documents_to_decide", "gate", "passkey_gate"]
+__all__ = ["Decision", "documents_to_decide", "gate", "passkey_gate", "share_gate"]
 
 Decision: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
@@ -27,21 +26,20 @@ def gate(change: Change, tolerance: float) -> Decision:
     return "fail" if change.low > tolerance or change.high < -tolerance else "inconclusive"
 
 
-def passkey_gate(found: int, known: int, share: float) -> tuple[Decision, str]:
-    """Decide whether ``found`` of ``known`` passkeys are at least ``share``; returns this and the figures as text.
+def share_gate(share: Share, wanted: float) -> Decision:
+    """Decide whether a share is at least ``wanted``; its whole interval decides. Without items it is inconclusive."""
+    if share.low >= wanted:
+        return "pass"
+    return "fail" if share.high < wanted else "inconclusive"
 
-    The whole 95 % interval of the proportion decides. It is E. B. Wilson's (1927), which is valid near 1 too.
-    """
+
+def passkey_gate(found: int, known: int, share: float) -> tuple[Decision, str]:
+    """Decide whether ``found`` of ``known`` passkeys are at least ``share``; returns this and the figures as text."""
+    measured = share_of([(1, 1)] * found + [(0, 1)] * (known - found))
     if not known:
         return "inconclusive", "the full cache found no passkey, so none can be lost"
-    interval = binomtest(found, known).proportion_ci(method="wilson")
-    text = (
-        f"found {found} of the {known} passkeys that the full cache finds: {100 * found / known:.0f} % "
-        f"({100 * interval.low:.0f}..{100 * interval.high:.0f}), wanted {100 * share:g} %"
-    )
-    if interval.low >= share:
-        return "pass", text
-    return ("fail" if interval.high < share else "inconclusive"), text
+    text = f"found {found} of the {known} passkeys that the full cache finds: {measured.percent}"
+    return share_gate(measured, share), f"{text}, wanted {100 * share:g} %"
 
 
 def documents_to_decide(change: Change, tolerance: float, documents: int) -> int | None:

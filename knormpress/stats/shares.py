@@ -33,6 +33,11 @@ class Share:
         return self.found / self.known if self.known else math.nan
 
     @property
+    def ends(self) -> str:
+        """The interval as text, in %."""
+        return f"{100 * self.low:.0f}..{100 * self.high:.0f} %" if self.known else "no item"
+
+    @property
     def percent(self) -> str:
         """The share and its interval as text, in %."""
         if not self.known:
@@ -55,7 +60,7 @@ def share_of(texts: Sequence[tuple[int, int]]) -> Share:
         return Share(0, 0, math.nan, math.nan)
     p, count = found / known, float(known)
     parts = [text for text in texts if text[1]]
-    if 0 < found < known and len(parts) > 1:
+    if 0 < found < known and 1 < len(parts) < known:
         spread = sum((part - p * whole) ** 2 for part, whole in parts) * len(parts) / (len(parts) - 1)
         count /= max(1.0, spread / (known * p * (1 - p)))
     middle = p + _Z**2 / (2 * count)

@@ -15,6 +15,7 @@ from knormpress.show.page.settings import Family
 from knormpress.show.page.words import interval
 from knormpress.show.pictures.comprehensive import draw_panels
 from knormpress.show.pictures.draw import select_lengths
+from knormpress.show.pictures.retrieval import draw_retrieval
 from knormpress.show.pictures.scaling import draw_scaling
 from knormpress.show.pictures.style import BAND, GREY, STYLE
 from knormpress.show.pictures.tradeoff import draw_tradeoff_panel
@@ -43,7 +44,7 @@ def chart_blocks(families: Sequence[Family]) -> Iterator[Block]:
     for family, group in groups:
         if len(groups) > 1:
             yield Heading(", ".join(filter(None, (group[0].policy.method, family.title))))
-        yield Charts((_tradeoff(group), *_panels(group)))
+        yield Charts((_tradeoff(group), *_panels(group), *_found(group)))
 
 
 def scaling_blocks(records: Sequence[Record]) -> Iterator[Block]:
@@ -75,8 +76,23 @@ def _tradeoff(records: Sequence[Record]) -> Chart:
 def _panels(records: Sequence[Record]) -> Iterator[Chart]:
     panels = draw_panels(records)
     for name, title, figure_text in _PANELS:
+        if name not in panels:  # nothing was asked
+            continue
         values = "; ".join(f"keep ratio {record.label}: {figure_text(record)}" for record in records)
         yield Chart(title, panels[name], f"{title} by keep ratio, against the full cache. {values}.", themed=True)
+
+
+def _found(records: Sequence[Record]) -> Iterator[Chart]:
+    asked = [record for record in records if record.retrieval and record.retrieval.items]
+    if asked:
+        words = "; ".join(f"keep ratio {record.label}: {_share_text(record)}" for record in asked)
+        words = f"Share of the full cache's items that are found, by depth, length and task. {words}."
+        yield Chart("What is found, by depth and length", draw_retrieval(asked, ""), words)
+
+
+def _share_text(record: Record) -> str:
+    share = record.retrieval.share if record.retrieval else None
+    return "nothing was asked" if share is None else f"{share}, {share.percent}"
 
 
 def _change_text(change: Change) -> str:
@@ -85,6 +101,7 @@ def _change_text(change: Change) -> str:
 
 _PANELS: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("PPL", "Perplexity", lambda record: _change_text(record.quality.ppl)),
+    ("found", "Items found", _share_text),
     ("TPOT", "Time per output token", lambda record: _change_text(record.latency.tpot)),
     ("TTFT", "Time to first token", lambda record: _change_text(record.latency.ttft)),
     ("throughput", "Throughput", lambda record: _change_text(record.latency.throughput)),

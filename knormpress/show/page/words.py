@@ -46,6 +46,11 @@ DEFINITIONS = Facts(
             "How much the predictions differ from the full cache's: mean KL divergence in nats (0: not at all), and "
             "the share of scored tokens for which both caches have the same first choice.",
         ),
+        (
+            "Found",
+            "Items that stand in a text and are asked for after the cache was pruned: how many are found, of those "
+            "that the full cache finds, with Wilson's 95 % interval. Higher is better.",
+        ),
         ("Cache bytes", "Bytes of storage that the cache holds after the prompt, counted exactly."),
         (
             "Control",
@@ -140,7 +145,7 @@ def table_blocks(families: Sequence[Family]) -> Iterator[Block]:
         records = sorted((record for group in family.groups for record in group), key=lambda record: -record.keep_ratio)
         yield Table(
             "Change against the full cache, with its 95 % interval below",
-            ("Keep ratio", "Method", "TTFT", "TPOT", "Throughput", "PPL", "KL (nats)", "Top-1", "Cache (MB)"),
+            ("Keep ratio", "Method", "TTFT", "TPOT", "Throughput", "PPL", "Found", "KL (nats)", "Top-1", "Cache (MB)"),
             tuple(_change_row(record) for record in records),
             row_heads=2,
             note=" ".join([*below_the_cache(records), *cautions(records)]),
@@ -169,10 +174,16 @@ def _change_row(record: Record) -> tuple[Cell, ...]:
             (pretty(str(change)), pretty(change.interval))
             for change in (latency.ttft, latency.tpot, latency.throughput, quality.ppl)
         ),
+        _found(record),
         f"{quality.kl:.3f}",
         f"{quality.top1 * 100:.1f} %",
         (f"{memory.candidate_cache_bytes / 1e6:,.1f}", pretty(str(memory.change)) + _decoded(record)),
     )
+
+
+def _found(record: Record) -> Cell:
+    share = record.retrieval.share if record.retrieval else None
+    return "not asked" if share is None else (str(share), share.ends)
 
 
 def _decoded(record: Record) -> str:

@@ -79,7 +79,10 @@ def draw_panels(records: Sequence[Record]) -> dict[str, Figure]:
         "TPOT": changes("TPOT", [record.latency.tpot for record in records]),
         "throughput": changes("Throughput", [record.latency.throughput for record in records], "higher is better"),
     }
-    for name, draw in (("PPL", _perplexity), ("cache", _memory), ("top-1", _top1), ("KL", _divergence)):
+    drawn = [("PPL", _perplexity), ("cache", _memory), ("top-1", _top1), ("KL", _divergence)]
+    if all(record.retrieval and record.retrieval.items for record in records):
+        drawn.append(("found", _found))
+    for name, draw in drawn:
         panels[name], axes = panel_figure()
         draw(axes, records)
     return panels
@@ -181,7 +184,8 @@ def _memory(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _agreement(top: Axes, bottom: Axes, records: Sequence[Record]) -> None:
-    _top1(top, records)
+    """What is found above the divergence; where nothing was asked, the first choices take its place."""
+    (_found if all(record.retrieval and record.retrieval.items for record in records) else _top1)(top, records)
     top.set_xlabel("")
     top.tick_params(labelbottom=False)
     _divergence(bottom, records)
@@ -190,6 +194,22 @@ def _agreement(top: Axes, bottom: Axes, records: Sequence[Record]) -> None:
 def _top1(axes: Axes, records: Sequence[Record]) -> None:
     _title(axes, "Top-1 agreement (%)", "higher is better")
     _points(axes, records, [record.quality.top1 * 100 for record in records], best=100.0, most=100.0, decimals=1)
+
+
+def _found(axes: Axes, records: Sequence[Record]) -> None:
+    _title(axes, "Items found (%)", "higher is better")
+    shares = [record.retrieval.share for record in records if record.retrieval]
+    labelled = keep_ratio_axis(axes, records)
+    values = [100 * share.value for share in shares]
+    whiskers = [
+        [100 * (share.value - share.low) for share in shares],
+        [100 * (share.high - share.value) for share in shares],
+    ]
+    axes.errorbar(range(len(values)), values, yerr=whiskers, fmt="o-", color=ORANGE, markersize=4, linewidth=1.0)
+    for place in labelled:
+        _value(axes, place, 100 * shares[place].high, str(shares[place]))
+    room_for_labels(axes, [0.0, 100.0], below=0.05, above=0.35)
+    axes.set_yticks([0, 50, 100])
 
 
 def _divergence(axes: Axes, records: Sequence[Record]) -> None:

@@ -19,6 +19,7 @@ from knormpress.records.schema import Record
 from knormpress.show.pictures.comprehensive import draw_comprehensive
 from knormpress.show.pictures.frontier import draw_frontier
 from knormpress.show.pictures.kept import draw_kept
+from knormpress.show.pictures.retrieval import draw_retrieval
 from knormpress.show.pictures.scaling import draw_scaling
 from knormpress.show.pictures.sensitivities import draw_sensitivities
 from knormpress.show.pictures.style import DPI, STYLE
@@ -34,7 +35,9 @@ _FOLLOWS_LENGTH = ("prompt tokens", "context tokens", "scored tokens")
 
 
 def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Draw the pictures into ``folder`` and return their paths: four, and a fifth if there are several prompt lengths.
+    """Draw the pictures into ``folder`` and return their paths.
+
+    There are four; one more if something was asked (retrieval), and one more if there are several prompt lengths.
 
     Each is 1600 pixels wide and 1000 high, except for the table, whose height depends on its records. A file is never
     left half written.
@@ -52,6 +55,8 @@ def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
             "knormpress_tradeoff.png": draw_tradeoff(shown, left_out),
             "knormpress_table.png": draw_table(shown, left_out, beside=records),
         }
+        if any(record.retrieval and record.retrieval.items for record in shown):
+            pictures["knormpress_retrieval.png"] = draw_retrieval(shown, left_out)
         lengths, left_out = select_lengths(records)
         if lengths:
             pictures["knormpress_scaling.png"] = draw_scaling(lengths, left_out)

@@ -40,6 +40,9 @@ def draw_summary(records: Sequence[Record], left_out: str) -> Figure:
         "PPL\nlower is better": [record.quality.ppl for record in records],
         "cache memory\nlower is better": [record.memory.change for record in records],
     }
+    asked = [record.retrieval for record in records if record.retrieval and record.retrieval.items]
+    if len(asked) == len(records):
+        metrics["items found\nhigher is better"] = [retrieval.change for retrieval in asked]
     reach = [end for changes in metrics.values() for change in changes for end in change.ends]
     figure = new_figure()
     axes = figure.add_axes((0.065, 0.15, 0.92, 0.71))

@@ -52,7 +52,7 @@ TASKS = {
 # How full a text of lines may be: lines differ in length, and it must not be longer than was asked for.
 _SHARES = (0.95, 0.85, 0.75, 0.6, 0.45)
 
-DEFAULT_TASKS = ("single-prose", "multikey-prose", "list", "json", "passkey")
+DEFAULT_TASKS = ("multikey-prose", "list", "json", "passkey")
 """What is asked unless tasks are named."""
 
 

@@ -42,7 +42,7 @@ def test_the_same_figures_are_ok() -> None:
 def test_the_losses_that_are_allowed() -> None:
     """As the documents say: a change of any of these is a change of what a comparison promises."""
     times = {"ttft": 10.0, "tpot": 5.0, "throughput": 5.0, "ttft_s": 25.0, "tpot_s": 25.0}
-    assert {**times, "bytes": 0.5, "ppl": 1.0, "kl": 5.0} == THRESHOLDS
+    assert {**times, "bytes": 0.5, "ppl": 1.0, "kl": 5.0, "found": 2.0, "answers": 5.0} == THRESHOLDS
 
 
 @pytest.mark.parametrize("metric", ["ttft", "tpot"])
@@ -222,3 +222,65 @@ def test_of_what_does_not_vary_the_newest_stands() -> None:
 )
 def test_the_worst_word_stands(given: list[Word], word: str) -> None:
     assert worst(given) == word
+
+
+def test_lost_items_are_named() -> None:
+    verdict = judged(make_entry(found=1.0), make_entry(found=0.75))
+    found, answers = figure(verdict, "found"), figure(verdict, "answers")
+    assert (found.word, answers.word) == ("regressed", "regressed")
+    assert found.figures == ("48 of 48", "36 of 48")
+    assert "lost: " in found.reason
+    assert "and 6 more" in found.reason
+    lost = next(item for item in make_entry(found=0.75).retrieval.items if not item.candidate.found)
+    assert lost.label in found.reason
+    assert "gained" not in found.reason
+
+
+def test_gained_items_are_named_and_are_no_loss() -> None:
+    verdict = judged(make_entry(found=0.5), make_entry(found=1.0))
+    assert words(verdict)["found"] == "improved"
+    assert "gained: " in figure(verdict, "found").reason
+    assert "lost" not in figure(verdict, "found").reason
+
+
+def test_as_many_lost_as_gained_is_noise_but_both_are_listed() -> None:
+    """The share is the same, and no item by item comparison of two shares would see it."""
+    before, now = make_entry(found=0.5), make_entry(found=0.5)
+    items = now.retrieval.items
+    swapped = tuple(
+        item.model_copy(update={"candidate": item.candidate.model_copy(update={"found": not item.candidate.found})})
+        for item in items
+    )
+    verdict = judged(before, changed(now, "retrieval", items=swapped))
+    found = figure(verdict, "found")
+    assert found.word == "noise"
+    assert "lost: " in found.reason
+    assert "gained: " in found.reason
+
+
+def test_one_lost_item_of_48_is_not_more_than_is_allowed_by_itself() -> None:
+    before, now = make_entry(found=1.0), make_entry(found=47 / 48)
+    assert words(judged(before, now, found=3.0))["found"] == "ok"
+    assert words(judged(before, now, found=1.0))["found"] == "noise"
+
+
+def test_answers_that_got_less_probable_are_seen_while_all_are_found() -> None:
+    before = make_entry(found=1.0)
+    less = tuple(
+        item.model_copy(update={"candidate": item.candidate.model_copy(update={"nll": item.candidate.nll + 0.6})})
+        for item in before.retrieval.items
+    )
+    verdict = judged(before, changed(before, "retrieval", items=less))
+    assert words(verdict)["found"] == "ok"
+    assert figure(verdict, "answers").word == "regressed"
+    assert figure(verdict, "answers").figures == ("+0.10 nats", "+0.70 nats")
+
+
+def test_other_items_are_not_compared() -> None:
+    before = make_entry(found=1.0)
+    fewer = changed(before, "retrieval", asked={"list": 3})
+    none = changed(before, "retrieval", items=())
+    for now in (fewer, none):
+        assert {words(judged(before, now))[name] for name in ("found", "answers")} == {"incomparable"}
+    without = before.model_copy(update={"retrieval": None})
+    assert "found" not in words(judged(without, before))

@@ -99,13 +99,14 @@ def test_records_that_differ_are_grouped_and_the_difference_named() -> None:
 
 
 def test_every_figure_of_a_record_is_in_its_tables() -> None:
-    record = make_record(0.9)
+    record = make_record(0.9, found=0.75)
     latency, memory, quality = record.latency, record.memory, record.quality
     changes, figures = (block for block in Report([record]).sections["results"].blocks if isinstance(block, Table))
     shown = [cell if isinstance(cell, str) else cell[0] for cell in changes.rows[0]]
     expected = [str(change) for change in (latency.ttft, latency.tpot, latency.throughput, quality.ppl)]
     assert [text.replace("\N{MINUS SIGN}", "-") for text in shown[2:6]] == expected
     assert shown[6:] == [
+        "36 of 48",
         f"{quality.kl:.3f}",
         f"{quality.top1 * 100:.1f} %",
         f"{memory.candidate_cache_bytes / 1e6:.1f}",

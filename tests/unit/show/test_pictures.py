@@ -50,8 +50,13 @@ LONG_NAMES = {
         (4, {"ppl": -60.0, "tpot": 140.0, "ttft": 900.0}),
         (7, LONG_NAMES),
         (19, {"ttft_cold_s": 1.7}),
+        (4, {"found": 0.8}),
+        (19, {"found": 0.0}),
     ],
-    ids=["one", "no intervals", "four", "no change", "better", "ruined", "both ways", "long names", "many"],
+    ids=[
+        *("one", "no intervals", "four", "no change", "better", "ruined", "both ways", "long names", "many"),
+        *("asked", "many asked"),
+    ],
 )
 def test_four_pictures_of_the_stated_size_whose_texts_are_apart(
     count: int, parameters: dict[str, Any], tmp_path: Path, drawn: Drawn
