@@ -10,7 +10,7 @@ from typing import Literal
 from knormpress.records.schema import Record, ratio_label
 from knormpress.stats.intervals import Change, percent
 
-__all__ = ["Judgement", "judge_claims", "judge_targets"]
+__all__ = ["Judgement", "judge_claims", "judge_targets", "losses"]
 
 _CLAIMS = {0.9: (-87, -8), 0.8: (-89, -9), 0.7: (-90, -9)}  # keep ratio: TTFT and throughput in %; PPL is +-0 % at each
 _WHY_THROUGHPUT = "throughput: the guide reports a loss of 8 to 9 %; here the measured loss is larger."
@@ -87,6 +87,21 @@ def judge_claims(records: Iterable[Record], beside: Iterable[Record] = ()) -> li
             _judge(record, "claim", "PPL", "+-0 %", record.quality.ppl, least=-0.5, most=0.5, why=_WHY_PPL),
         ]
     return verdicts
+
+
+def losses(records: Iterable[Record]) -> list[str]:
+    """What each record that drops tokens loses of what the full cache finds, in sentences."""
+    sentences = []
+    for record in records:
+        if record.keep_ratio < 1.0 and record.retrieval is not None and record.retrieval.items:
+            share = record.retrieval.share
+            tasks = [(task, record.retrieval.of(task).share) for task in record.retrieval.asked]
+            parts = [f"{task} {part.known - part.found} of {part.known}" for task, part in tasks if part.known]
+            sentences.append(
+                f"At keep ratio {record.label} {share.known - share.found} of the {share.known} items that the full cache "
+                f"finds are lost: {', '.join(parts)}."
+            )
+    return sentences
 
 
 def _why_ttft(record: Record, all_records: Sequence[Record]) -> str:

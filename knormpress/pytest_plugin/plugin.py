@@ -266,14 +266,14 @@ def knorm_retrieval_gate(
 ) -> Callable[..., None]:
     """Let the test pass only if a method finds ``--knorm-retrieval-share`` of what the full cache finds.
 
-    Called as ``knorm_retrieval_gate(method, tasks=None, texts=8)``. ``random`` and ``recent-window`` are asked the same
-    under the same policy. A task which one of them passes, or which the full cache hardly solves, decides nothing; the
+    Called as ``knorm_retrieval_gate(method, tasks=None, texts=8)``, or with results of ``knorm_retrieval`` as
+    ``knorm_retrieval_gate(result, controls={name: result})``. ``random`` and ``recent-window`` are asked the same under
+    the same policy. A task which one of them passes, or which the full cache hardly solves, decides nothing; the
     test says so. The whole 95 % interval (Wilson's) decides, as in ``knorm_gate``.
     """
     wanted = number(request.config, "retrieval_share")
 
-    def decide(method: Method, **asked: Any) -> None:
-        from knormpress.compare.retrieval import judge_retrieval
+    def ask(method: Method, asked: dict[str, Any]) -> tuple[Result, dict[str, Result]]:
         from knormpress.pytest_plugin.measured import retrieval_controls
 
         policy = _asked_of(request.config, method)
@@ -285,9 +285,16 @@ def knorm_retrieval_gate(
             )
         controls = retrieval_controls(policy)
         own, *others = knorm_retrieval([method, *controls.values()], **asked)
+        return own, dict(zip(controls, others, strict=True))
+
+    def decide(method: Method | Result, *, controls: dict[str, Result] | None = None, **asked: Any) -> None:
+        from knormpress.compare.retrieval import judge_retrieval
+        from knormpress.records.schema import Result
+
+        own, others = (method, controls or {}) if isinstance(method, Result) else ask(method, asked)
         _knorm_measured.retrieval(own)
         assert own.retrieval is not None
-        found = {name: other.retrieval for name, other in zip(controls, others, strict=True) if other.retrieval}
+        found = {name: other.retrieval for name, other in others.items() if other.retrieval}
         outcome = judge_retrieval(own.retrieval, found, wanted)
         print(outcome.text)
         if outcome.decision == "inconclusive":

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from knormpress.compare.promises import Judgement, judge_claims, judge_targets
+from knormpress.compare.promises import Judgement, judge_claims, judge_targets, losses
 from knormpress.compare.settings import group_records
 from knormpress.records.figures import Speed
 from knormpress.records.schema import Record
@@ -49,6 +49,10 @@ def render(records: Sequence[Record], beside: Sequence[Record] = ()) -> Renderab
     verdicts = [*judge_targets(records), *judge_claims(records, beside)]
     if verdicts:
         parts += [_verdicts(verdicts), *_reasons(verdicts)]
+    lost = losses(records)
+    if lost:
+        heading = Text("What pruning loses, and perplexity does not show", style="bold")
+        parts.append(Group(heading, *(Padding(Text(sentence), (0, 0, 0, 2)) for sentence in lost)))
     return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts))
 
 

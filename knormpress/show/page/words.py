@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from knormpress.compare.promises import Judgement, judge_claims, judge_targets
+from knormpress.compare.promises import Judgement, judge_claims, judge_targets, losses
 from knormpress.compare.settings import differences
 from knormpress.records.figures import ROUNDING_KL, Speed, ppl_change_between
 from knormpress.records.schema import Record
@@ -70,6 +70,8 @@ _TARGETS = {
     ),
     "TTFT": ("Time to first token falls by 80 %", "as wanted, at least 80 %", "a fall of 80 % is wanted"),
 }
+# What a retrieval gate requires unless told otherwise.
+_MOST_FOUND = 0.9
 _AGAIN = ", but the interval crosses the limit: another measurement may have the other result"
 
 
@@ -88,8 +90,26 @@ def verdict_blocks(families: Sequence[Family], records: Sequence[Record]) -> Ite
                     method = group[0].policy.method
                     yield Heading(", ".join(filter(None, (f"{title}: {method}", family.title))))
                     yield Statements(tuple(_statement(title, what, verdicts, sentence) for what in _TARGETS))
+            yield from _losses(group, family.title)
     if records and not judged:
         yield Words("There is no record of a method that drops tokens, so there is nothing to judge.")
+
+
+def _losses(group: Sequence[Record], title: str) -> Iterator[Block]:
+    """What the method loses of what the full cache finds; the guide promises nothing about it."""
+    dropping = [record for record in group if record.keep_ratio < 1.0 and record.retrieval and record.retrieval.items]
+    if dropping:
+        yield Heading(", ".join(filter(None, (f"What is lost: {group[0].policy.method}", title))))
+        yield Statements(
+            tuple(
+                Statement(
+                    "good" if record.retrieval and record.retrieval.share.low >= _MOST_FOUND else "bad",
+                    "found" if record.retrieval and record.retrieval.share.low >= _MOST_FOUND else "lost",
+                    _unbroken(sentence),
+                )
+                for record, sentence in zip(dropping, losses(dropping), strict=True)
+            )
+        )
 
 
 def _statement(title: str, what: str, verdicts: Sequence[Judgement], sentence: Callable[[Judgement], str]) -> Statement:

@@ -60,7 +60,7 @@ def draw_comprehensive(records: Sequence[Record], left_out: str) -> Figure:
     _changes(axes, records, rates, "Throughput change (%)", better="higher is better")
     _perplexity(figure.add_subplot(grid[1, 0]), records)
     _memory(figure.add_subplot(grid[1, 1]), records)
-    halves = GridSpecFromSubplotSpec(2, 1, subplot_spec=grid[1, 2], hspace=0.5)
+    halves = GridSpecFromSubplotSpec(2, 1, subplot_spec=grid[1, 2], hspace=0.5, height_ratios=(3, 2))
     _agreement(figure.add_subplot(halves[0]), figure.add_subplot(halves[1]), records)
     add_footer(figure, records, left_out)
     return figure
@@ -208,7 +208,7 @@ def _found(axes: Axes, records: Sequence[Record]) -> None:
     axes.errorbar(range(len(values)), values, yerr=whiskers, fmt="o-", color=ORANGE, markersize=4, linewidth=1.0)
     for place in labelled:
         _value(axes, place, 100 * shares[place].high, str(shares[place]))
-    room_for_labels(axes, [0.0, 100.0], below=0.05, above=0.35)
+    room_for_labels(axes, [0.0, 100.0], below=0.05, above=0.25)
     axes.set_yticks([0, 50, 100])
 
 

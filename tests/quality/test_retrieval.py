@@ -1,0 +1,61 @@
+"""The retrieval gate on real prose: a plan passes it, uniform ratios do not, and its controls fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from knormpress import KnormPress
+from knormpress.compare.retrieval import judge_retrieval
+from knormpress.methods.registry import make_method
+from knormpress.pytest_plugin.measured import retrieval_controls
+
+HALF = KnormPress(0.5)
+TEXTS = 6
+MORE_TEXTS = 12
+TABLE_TASKS = ["single-prose", "multikey-prose", "multikey-filler", "list", "json", "instruction", "turns", "passkey"]
+
+
+@pytest.fixture(scope="module")
+def found(plan, knorm_retrieval):
+    """All methods asked, sharing one prefill a text: the plan and keep 0.5, each with its controls."""
+    methods = {"plan": plan, "keep 0.5": HALF}
+    for name, press in (("plan", plan), ("keep 0.5", HALF)):
+        methods |= {f"{name}, {control}": method for control, method in retrieval_controls(press).items()}
+    found = dict(zip(methods, knorm_retrieval(list(methods.values()), texts=TEXTS), strict=True))
+    for name, result in found.items():
+        print(f"\n{name}: {result.retrieval.share} ({result.retrieval.share.ends})")
+    return found
+
+
+def controls(found, name):
+    return {other.partition(", ")[2]: result for other, result in found.items() if other.startswith(f"{name}, ")}
+
+
+def test_the_plan_finds_what_the_full_cache_finds(found, knorm_retrieval_gate):
+    knorm_retrieval_gate(found["plan"], controls=controls(found, "plan"))
+
+
+def test_what_keep_half_loses_is_seen(found, pytestconfig):
+    """In idle sentences it finds 38 of 40 numbers, and its perplexity does not show what it loses."""
+    others = {name: result.retrieval for name, result in controls(found, "keep 0.5").items()}
+    outcome = judge_retrieval(found["keep 0.5"].retrieval, others, 0.5)
+    assert outcome.decision == "fail", f"the gate is broken: {outcome.text}"
+
+
+@pytest.mark.parametrize("name", ["plan", "keep 0.5"])
+def test_control_what_must_find_less_fails_each_task_that_gates(found, name):
+    others = {control: result.retrieval for control, result in controls(found, name).items()}
+    outcome = judge_retrieval(found[name].retrieval, others, 0.9)
+    assert {"multikey-prose", "json"} <= set(outcome.gating), f"the gate is broken: {outcome.text}"
+    for control, retrieval in others.items():
+        assert judge_retrieval(retrieval, {}, 0.9).decision == "fail", f"the gate is broken: {control} passes"
+
+
+def test_the_table_of_what_is_found(plan, knorm_retrieval, retrieval_table):
+    methods = {f"uniform {keep}": KnormPress(keep) for keep in (0.9, 0.7, 0.5)}
+    for name, keep in (("keydiff", 0.9), ("keydiff", 0.5), ("recent-window", 0.5), ("random", 0.5)):
+        methods[f"{name} {keep}"] = make_method(name, KnormPress(keep))
+    methods[f"the plan, {plan.mean_keep:.3f}"] = plan
+    methods["keydiff under the plan"] = make_method("keydiff", plan)
+    asked = knorm_retrieval(list(methods.values()), tasks=TABLE_TASKS, texts=MORE_TEXTS)
+    retrieval_table({name: result.retrieval for name, result in zip(methods, asked, strict=True)})
