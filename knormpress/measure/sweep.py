@@ -134,6 +134,9 @@ def _measure(
                 f"the model is made for {bench.positions:,} positions"
             )
         prompt = texts[0][:, :prompt_tokens]
+        asked = _haystacks(settings, bench, prompt_tokens, steps.progress)
+        if not asked:
+            steps.ask_nothing()
         steps.begin("the first call")
         cold_s = cold_ttft(bench.model, prompt, prefill_chunk=chunk)
         steps.begin("perplexity, all keep ratios at once")
@@ -148,7 +151,6 @@ def _measure(
             after_document=steps.tick,
         )
         qualities = dict(zip(pending, measured, strict=True))
-        asked = _haystacks(settings, bench, prompt_tokens, steps.progress)
         if asked:
             steps.begin("retrieval, all keep ratios at once")
             found = measure_retrieval(
@@ -306,7 +308,8 @@ class _Steps:
         self.progress = progress
         self.runs = 2 * (settings.effort.rounds + 1)
         self.per_cell = self.runs + 2
-        self.documents = settings.effort.samples + settings.effort.texts * len(tasks_of(settings.effort))
+        self.texts = settings.effort.texts * len(tasks_of(settings.effort))
+        self.documents = settings.effort.samples + self.texts
         self.cells = len(settings.candidates.presses)
         lengths = len(settings.source.device) * len(settings.effort.prompt_tokens)
         self.total = lengths * (self.cells * self.per_cell + self.documents)
@@ -330,6 +333,11 @@ class _Steps:
                 self.tick()
 
         return tick
+
+    def ask_nothing(self) -> None:
+        """Subtract the steps of the retrieval of one prompt length, which can't be measured, from the total."""
+        self.total -= self.texts
+        self.begin(self.doing)
 
     def leave_out(self, cells: int) -> None:
         """Subtract the steps of ``cells`` of one prompt length, which are in the file already, from the total."""

@@ -64,7 +64,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> SweepSettings:
     folder = tmp_path_factory.mktemp("tiny")
     return SweepSettings(
         Candidates(keep_ratios=(1.0, 0.8, 0.3), prune_after=16),
-        Effort(prompt_tokens=(48,), new_tokens=3, samples=2, rounds=2, seconds=0.0, scored_tokens=16),
+        Effort(tasks=(), prompt_tokens=(48,), new_tokens=3, samples=2, rounds=2, seconds=0.0, scored_tokens=16),
         Source(model=str(save_model(folder)), device=("cpu",), corpus=str(save_text(folder / "text.txt"))),
     )
 
@@ -445,3 +445,19 @@ def test_what_a_full_disk_does_not_take_is_shown(
     with pytest.raises(KnormError, match=r"results\.jsonl.*No space left"):
         list(run(changed(settings, keep_ratios=(0.3,)), tmp_path / "results.jsonl", progress=told))
     assert Record.model_validate_json(told.lines[-1]).keep_ratio == 0.3
+
+
+def test_usual_tasks_that_a_model_can_not_have_are_left_out_and_named_ones_are_an_error(
+    settings: SweepSettings, tmp_path: Path, made_up: MadeUp
+) -> None:
+    path, told = tmp_path / "results.jsonl", Told()
+    (record,) = run(changed(settings, keep_ratios=(0.3,), tasks=None), path, progress=told)
+    assert record.retrieval is None
+    assert any(line.startswith("no retrieval: ") for line in told.lines)
+    assert told.steps[-1][1] == 2 + (2 + 6)
+    # The cell is the same cell when it is asked for again.
+    assert list(run(changed(settings, keep_ratios=(0.3,), tasks=None), path)) == [record]
+    for tasks, expected in ((("json",), "json"), (("haystack",), "no task 'haystack'")):
+        with pytest.raises(KnormError, match=expected):
+            list(run(changed(settings, keep_ratios=(0.3,), tasks=tasks), tmp_path / "other.jsonl"))
+    assert not (tmp_path / "other.jsonl").exists()
