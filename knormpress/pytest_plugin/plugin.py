@@ -239,17 +239,21 @@ def knorm_gate(
 
 
 @pytest.fixture(scope="session")
-def knorm_passkeys(knorm_bench: Bench) -> Callable[..., list[tuple[int, int]]]:
-    """Ask the caches of several methods for passkeys hidden in filler text, see ``measure.passkeys``.
+def knorm_passkeys(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[tuple[int, int]]]:
+    """Ask the caches of several methods for passkeys hidden in filler text, see ``measure.retrieval``.
 
     Called as ``knorm_passkeys([method, ...], count=40)``; returns for each method how many passkeys it found, and how
     many of the ``count`` the full cache found; the others don't count.
     """
 
     def ask(methods: Sequence[Method], *, count: int = 40) -> list[tuple[int, int]]:
-        from knormpress.measure.passkeys import ask_passkeys
+        from knormpress.measure.retrieval import measure_retrieval
+        from knormpress.workload.tasks.haystack import haystacks
 
-        return ask_passkeys(knorm_bench, methods, count)
+        texts = haystacks(knorm_bench, ("passkey",), count=count)
+        policies = [_asked_of(request.config, method) for method in methods]
+        found = measure_retrieval(knorm_bench.model, methods, texts, policies=policies)
+        return [(one.share.found, one.share.known) for one in found]
 
     return ask
 

@@ -11,7 +11,7 @@ from knormpress.stats.gates import passkey_gate
 GATED = {"keep 0.9": KnormPress(0.9)}
 WORSE = {"keep 0.05": KnormPress(0.05), "highest norm first": make_method("highest-norm", KnormPress(0.8))}
 
-# Each of the four lengths with each of the nine depths, once. A gate of 0.9 needs 35 that are all found.
+# Each of the four lengths nine times. A gate of 0.9 needs 35 that are all found.
 COUNT = 36
 
 
