@@ -55,13 +55,14 @@ def share_of(texts: Sequence[tuple[int, int]]) -> Share:
         return Share(0, 0, math.nan, math.nan)
     p, count = found / known, float(known)
     parts = [text for text in texts if text[1]]
-    if 0 < found < known and len(parts) > 1:
+    if 0 < found < known and 1 < len(parts) < known:
         spread = sum((part - p * whole) ** 2 for part, whole in parts) * len(parts) / (len(parts) - 1)
         count /= max(1.0, spread / (known * p * (1 - p)))
     middle = p + _Z**2 / (2 * count)
     half = _Z * math.sqrt(p * (1 - p) / count + _Z**2 / (4 * count**2))
     scale = 1 + _Z**2 / count
-    return Share(found, known, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+    # Wilson's interval holds the share; where that is 0 or 1, rounding must not put an end beyond it.
+    return Share(found, known, max(0.0, min(p, (middle - half) / scale)), min(1.0, max(p, (middle + half) / scale)))
 
 
 def lost_and_gained(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
@@ -75,9 +76,12 @@ def found_change(before: Sequence[bool], after: Sequence[bool]) -> Change:
 
     As in McNemar's exact test (Q. McNemar, 1947) only items whose outcome changed count. Among them, the share that was
     lost has the exact interval of Clopper and Pearson (1934); it holds one half just where the test finds no change.
+    Without an item there is no interval.
     """
     lost, gained = lost_and_gained(before, after)
     changed, items = lost + gained, len(before)
+    if not items:
+        return Change(0.0, None, None)
     if not changed:
         return Change(0.0, 0.0, 0.0)
     ends = binomtest(lost, changed).proportion_ci(method="exact")
