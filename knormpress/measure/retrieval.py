@@ -2,7 +2,8 @@
 
 A text is prefilled and pruned; the question comes after that, so that nothing is kept because of it. One pass over
 question and answer is enough: greedy decoding gives the answer exactly if each of its tokens is the first choice after
-the tokens before it. What the full cache does not answer can't be lost, and is not asked of the others.
+the tokens before it. What a cache drops between question and answer, while it decodes, is not in this and comes on top.
+What the full cache does not answer can't be lost, and is not asked of the others.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ def read_answers(model: PreTrainedModel, haystack: Haystack, cache: Cache) -> li
     """Ask ``cache``, which holds the text of ``haystack``, every question; the cache itself is not changed.
 
     Questions that are not asked in turn come as the rows of one batch where the cache is one of transformers' or ours:
-    a row of a batch is what it is alone. Any other cache is copied for each question.
+    a row of a batch is what it is alone. Any other cache, and one with layers that can't be repeated (such as linear
+    attention), is copied for each question.
     """
     if haystack.in_turn:
         return _in_turn(model, haystack.questions, copy.deepcopy(cache))
-    if type(cache) not in (DynamicCache, KnormCache):
+    repeats = all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)
+    if type(cache) not in (DynamicCache, KnormCache) or not repeats:
         return [_in_turn(model, [question], copy.deepcopy(cache))[0] for question in haystack.questions]
     rows = copy.deepcopy(cache)
     if len(haystack.questions) > 1:

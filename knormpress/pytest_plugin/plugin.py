@@ -306,17 +306,17 @@ def knorm_retrieval_gate(
 
 
 @pytest.fixture(scope="session")
-def knorm_passkeys(knorm_bench: Bench) -> Callable[..., list[tuple[int, int]]]:
-    """Ask the caches of several methods for passkeys hidden in filler text, see ``measure.passkeys``.
+def knorm_passkeys(knorm_retrieval: Callable[..., list[Result]]) -> Callable[..., list[tuple[int, int]]]:
+    """Ask the caches of several methods for passkeys, which are hidden in idle sentences.
 
     Called as ``knorm_passkeys([method, ...], count=40)``; returns for each method how many passkeys it found, and how
     many of the ``count`` the full cache found; the others don't count.
     """
 
     def ask(methods: Sequence[Method], *, count: int = 40) -> list[tuple[int, int]]:
-        from knormpress.measure.passkeys import ask_passkeys
-
-        return ask_passkeys(knorm_bench, methods, count)
+        measured = knorm_retrieval(methods, tasks=("passkey",), texts=count)
+        shares = [result.retrieval.share for result in measured if result.retrieval]
+        return [(share.found, share.known) for share in shares]
 
     return ask
 

@@ -102,8 +102,8 @@ class Retrieval(Strict):
 
     def found_since(self, before: Retrieval) -> Change:
         """The change of the share of found items since ``before``, in points of %."""
-        old, new = zip(*self.paired(before), strict=True)
-        return found_change([item.candidate.found for item in old], [item.candidate.found for item in new])
+        pairs = [(old.candidate.found, new.candidate.found) for old, new in self.paired(before)]
+        return found_change([old for old, _ in pairs], [new for _, new in pairs])
 
     def answers_since(self, before: Retrieval) -> Change:
         """The change of the answers' perplexity since ``before``, token by token, in %."""
@@ -111,4 +111,4 @@ class Retrieval(Strict):
         for old, new in self.paired(before):
             rise = (new.candidate.nll - old.candidate.nll) / old.tokens
             texts.setdefault((old.task, old.text), []).append(rise)
-        return ppl_change([np.array(rises) for rises in texts.values()])
+        return ppl_change([np.array(rises) for rises in texts.values()]) if texts else Change(0.0, None, None)

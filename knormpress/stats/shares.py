@@ -66,7 +66,8 @@ def share_of(texts: Sequence[tuple[int, int]]) -> Share:
     middle = p + _Z**2 / (2 * count)
     half = _Z * math.sqrt(p * (1 - p) / count + _Z**2 / (4 * count**2))
     scale = 1 + _Z**2 / count
-    return Share(found, known, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+    # Wilson's interval holds the share; where that is 0 or 1, rounding must not put an end beyond it.
+    return Share(found, known, max(0.0, min(p, (middle - half) / scale)), min(1.0, max(p, (middle + half) / scale)))
 
 
 def lost_and_gained(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
@@ -80,9 +81,12 @@ def found_change(before: Sequence[bool], after: Sequence[bool]) -> Change:
 
     As in McNemar's exact test (Q. McNemar, 1947) only items whose outcome changed count. Among them, the share that was
     lost has the exact interval of Clopper and Pearson (1934); it holds one half just where the test finds no change.
+    Without an item there is no interval.
     """
     lost, gained = lost_and_gained(before, after)
     changed, items = lost + gained, len(before)
+    if not items:
+        return Change(0.0, None, None)
     if not changed:
         return Change(0.0, 0.0, 0.0)
     ends = binomtest(lost, changed).proportion_ci(method="exact")

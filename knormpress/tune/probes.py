@@ -17,11 +17,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from knormpress.cache.cache import KnormCache
-from knormpress.measure.passkeys import PasskeyPrompt, PasskeyScore, read_key
 from knormpress.measure.prefill import prefill
+from knormpress.measure.retrieval import read_answers
 from knormpress.methods.knorm import KnormPress
+from knormpress.records.retrieval import Answer
 from knormpress.tune.notes import Damage
 from knormpress.tune.replay import Outputs, Replay, replayed
+from knormpress.workload.tasks.haystack import Haystack
 
 __all__ = ["Probes"]
 
@@ -40,7 +42,7 @@ class Probes:
         cls,
         model: PreTrainedModel,
         texts: Sequence[Tensor],
-        prompts: Sequence[PasskeyPrompt],
+        prompts: Sequence[Haystack],
         *,
         context: int,
         after_each: Callable[[], None] = lambda: None,
@@ -50,7 +52,7 @@ class Probes:
         Args:
             model: the model; its passes are controlled inside the context, see ``tune.replay``.
             texts: token ids (1, context + S + 1) each; S predictions are scored.
-            prompts: passkeys; those that the full cache does not find are left out.
+            prompts: texts with one question each; those that the full cache does not answer are left out.
             context: tokens before the first token that is fed.
             after_each: called after each text and prompt.
         """
@@ -61,7 +63,7 @@ class Probes:
                 after_each()
             for prompt in prompts:
                 passkey = _Passkey(model, prompt)
-                if passkey.score.found:
+                if passkey.answer.found:
                     passkeys.append(passkey)
                 after_each()
             yield cls(model, replay, documents, passkeys)
@@ -106,16 +108,16 @@ class Probes:
             if self._passkeys:
                 key_nll, found = [], []
             for index, passkey in enumerate(self._passkeys, start=len(self._documents)):
-                score = execute(index, partial(self._read, passkey, press))
-                key_nll.append(score.nll - passkey.score.nll)
-                found.append(score.found)
+                answer = execute(index, partial(self._read, passkey, press))
+                key_nll.append(answer.nll - passkey.answer.nll)
+                found.append(answer.found)
         return Damage(fmean(kl), fmean(nll), fmean(key_nll), fmean(found))
 
     def _score(self, document: _Document, press: KnormPress) -> tuple[float, float]:
         return document.score(self._pruned(press, document.full))
 
-    def _read(self, passkey: _Passkey, press: KnormPress) -> PasskeyScore:
-        return read_key(self._model, passkey.prompt, self._pruned(press, passkey.full))
+    def _read(self, passkey: _Passkey, press: KnormPress) -> Answer:
+        return passkey.ask(self._pruned(press, passkey.full))
 
     def _pruned(self, press: KnormPress, full: Cache) -> KnormCache:
         cache = KnormCache(self._model, press)
@@ -152,13 +154,18 @@ class _Document:
 
 
 class _Passkey:
-    """A passkey prompt in a full cache, and the full cache's score."""
+    """A text with a passkey in a full cache, and the full cache's answer."""
 
-    def __init__(self, model: PreTrainedModel, prompt: PasskeyPrompt) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: Haystack) -> None:
         self.full = DynamicCache(config=model.config)
-        prefill(model, prompt.text, self.full)
-        self.prompt = prompt
-        self.score = read_key(model, prompt, _copied(model, self.full))
+        prefill(model, prompt.ids, self.full)
+        self._model, self._prompt = model, prompt
+        self.answer = self.ask(self.full)
+
+    def ask(self, cache: Cache) -> Answer:
+        """The answer of ``cache``, which holds the text."""
+        (answer,) = read_answers(self._model, self._prompt, cache)
+        return answer
 
 
 def _copied(model: PreTrainedModel, full: DynamicCache) -> DynamicCache:

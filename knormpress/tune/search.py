@@ -24,7 +24,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from knormpress import __version__
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
-from knormpress.measure.passkeys import prompts_for
 from knormpress.methods.knorm import KnormPress
 from knormpress.progress import Progress, ticking
 from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, Sensitivities, write_plan
@@ -33,6 +32,7 @@ from knormpress.tune.notes import Damage, Notes
 from knormpress.tune.probes import Probes
 from knormpress.tune.unseen import Tried, kept_tokens, measure_unseen
 from knormpress.workload.bench import Bench
+from knormpress.workload.tasks.haystack import Haystack, haystacks
 
 __all__ = ["Targets", "tune"]
 
@@ -137,14 +137,15 @@ def tune(
             f"{bench.model_info.name} has layers without full attention, so no plan can be tuned; use another model"
         )
     seen, unseen = _split(bench, context)
-    prompts = []
+    prompts: list[Haystack] = []
+    asked: list[Haystack] = []
     if targets.passkey is not None:
-        prompts_for(bench, count=HELD_OUT_PASSKEYS, which="held-out")  # raises now if they are too long
-        prompts = prompts_for(bench, count=CALIBRATION_PASSKEYS, which="calibration")
+        prompts = haystacks(bench, ("passkey",), count=CALIBRATION_PASSKEYS, which="calibration")
+        asked = haystacks(bench, ("passkey",), count=HELD_OUT_PASSKEYS, which="held-out")
     fingerprint = model_fingerprint(bench.model)
     identity = {
         "model": fingerprint,
-        "tokens": _hash_of([*seen, *(part for prompt in prompts for part in (prompt.text, prompt.fed))]),
+        "tokens": _hash_of([*seen, *(part for prompt in prompts for part in _tokens_of(prompt))]),
         "context": context,
         "knormpress": __version__,
     }
@@ -156,7 +157,7 @@ def tune(
         model=PlannedModel(name=bench.model_info.name, dtype=bench.model_info.dtype, fingerprint=fingerprint),
         targets=PlannedTargets(ppl=targets.ppl, passkey=targets.passkey),
         calibration=_text_of(bench, context, CALIBRATION_SCORED, _SEEN, len(prompts)),
-        held_out=_text_of(bench, context, SCORED, _UNSEEN, HELD_OUT_PASSKEYS if prompts else 0),
+        held_out=_text_of(bench, context, SCORED, _UNSEEN, len(asked)),
         made={"tuned": datetime.now(timezone.utc).isoformat(timespec="seconds"), "knormpress": __version__},
     )
     with Probes.open(
@@ -179,8 +180,8 @@ def tune(
         search.run()
     plan = search.plan
     tried = _compared(search)
-    asked = HELD_OUT_PASSKEYS if search.with_keys else 0
-    frontier = measure_unseen(bench, tried, unseen, context=context, passkeys=asked, progress=progress)
+    passkeys = asked if search.with_keys else []
+    frontier = measure_unseen(bench, tried, unseen, context=context, passkeys=passkeys, progress=progress)
     kept = kept_tokens(bench, search.press, unseen[0][:, :context])
     plan = plan.model_copy(update={"frontier": frontier, "kept": kept})
     write_plan(plan, path)
@@ -358,6 +359,10 @@ def _split(bench: Bench, context: int) -> tuple[list[Tensor], list[Tensor]]:
     texts = bench.documents(length=context + SCORED + 1, count=_CUT)
     short = context + CALIBRATION_SCORED + 1
     return [texts[i][:, :short] for i in _SEEN], [texts[i] for i in _UNSEEN]
+
+
+def _tokens_of(prompt: Haystack) -> list[Tensor]:
+    return [prompt.ids, *(part for question in prompt.questions for part in (question.ids, question.answer))]
 
 
 def _hash_of(texts: Sequence[Tensor]) -> str:

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from knormpress.cache.cache import KnormCache
 from knormpress.cache.layer import KnormLayer
-from knormpress.measure.passkeys import ask_passkeys
 from knormpress.measure.prefill import prefill
 from knormpress.measure.quality import measure_quality
+from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.progress import Progress, ticking
 from knormpress.records.plan import KeptTokens, Point
 from knormpress.workload.bench import Bench
+from knormpress.workload.tasks.haystack import Haystack
 
 __all__ = ["Tried", "kept_tokens", "measure_unseen"]
 
@@ -35,7 +36,13 @@ class Tried:
 
 
 def measure_unseen(
-    bench: Bench, tried: Sequence[Tried], texts: Sequence[Tensor], *, context: int, passkeys: int, progress: Progress
+    bench: Bench,
+    tried: Sequence[Tried],
+    texts: Sequence[Tensor],
+    *,
+    context: int,
+    passkeys: Sequence[Haystack],
+    progress: Progress,
 ) -> tuple[Point, ...]:
     """Measure perplexity and passkeys of every policy.
 
@@ -44,14 +51,18 @@ def measure_unseen(
         tried: the policies.
         texts: token ids (1, context + S + 1) each.
         context: tokens before the first token that is fed.
-        passkeys: number of held-out passkey prompts; 0 for none.
+        passkeys: texts with held-out passkeys, if any.
         progress: gets a step for each text and prompt.
     """
     methods = [make_method(candidate.method, candidate.press) for candidate in tried]
     tick = ticking(progress, len(texts), "perplexity on unseen documents")
     qualities = measure_quality(bench.model, methods, texts, context=context, after_document=tick)
     asked = [index for index, candidate in enumerate(tried) if candidate.passkeys and passkeys]
-    counts = dict(zip(asked, ask_passkeys(bench, [methods[index] for index in asked], passkeys, progress), strict=True))
+    counts: dict[int, tuple[int, int]] = {}
+    if asked:
+        tick = ticking(progress, len(passkeys), "unseen passkeys")
+        found = measure_retrieval(bench.model, [methods[index] for index in asked], passkeys, after_text=tick)
+        counts = {index: (one.share.found, one.share.known) for index, one in zip(asked, found, strict=True)}
     return tuple(
         Point.of(candidate.name, candidate.press, quality, layers=bench.layers, passkeys=counts.get(index))
         for index, (candidate, quality) in enumerate(zip(tried, qualities, strict=True))

@@ -230,7 +230,8 @@ def _check_positions(bench: Bench, made: Sequence[Haystack]) -> None:
         if bench.positions is not None and longest > bench.positions:
             raise KnormError(
                 f"{bench.model_info.name} is made for {bench.positions} positions, but {haystack.task} takes "
-                f"{longest}; use shorter texts, leave the retrieval tasks out (--tasks none), or use another model"
+                f"{longest}; use shorter texts, leave the retrieval tasks out (sweep: --tasks none; tune: "
+                "--target-passkey none), or use another model"
             )
 
 

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from knormpress import KnormPress
-from knormpress.measure.passkeys import passkey_prompts
-from knormpress.measure.prefill import prefill
 from knormpress.measure.quality import score_document
 from knormpress.tune.probes import Probes
+from knormpress.workload.tasks.haystack import haystacks
+from tests.answered import answered
 from tests.strategies import tiny_model
 
 
@@ -35,15 +34,8 @@ def test_the_probes_measure_what_the_quality_is_measured_by(family):
 
 
 def test_keys_that_the_full_cache_does_not_find_are_left_out(bench):
-    prompts = passkey_prompts(bench.tokenizer, bench.start, count=3, which="calibration", device=torch.device("cpu"))
-    cache, key = DynamicCache(config=bench.model.config), []
-    with torch.inference_mode():
-        prefill(bench.model, prompts[1].text, cache)
-        token = prefill(bench.model, prompts[1].question, cache).argmax(-1)
-        for _ in range(3):
-            key.append(int(token))
-            token = prefill(bench.model, token[None], cache).argmax(-1)
-    findable, ticks = replace(prompts[1], key=torch.tensor(key)), []
+    prompts = haystacks(bench, ("passkey",), count=3, which="calibration")
+    findable, ticks = answered(bench.model, prompts[1]), []
     texts, asked = bench.documents(length=512 + 33, count=1), [prompts[0], findable, prompts[2]]
     with Probes.open(bench.model, texts, asked, context=512, after_each=lambda: ticks.append(1)) as probes:
         assert len(ticks) == 4

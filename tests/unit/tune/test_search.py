@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, set_seed
+from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 
 from knormpress import KnormPress
 from knormpress.errors import KnormError
-from knormpress.measure.passkeys import prompts_for
-from knormpress.measure.prefill import prefill
 from knormpress.measure.quality import measure_quality
 from knormpress.progress import Progress
 from knormpress.records.plan import read_plan
@@ -25,6 +23,8 @@ from knormpress.tune.probes import Probes
 from knormpress.tune.search import Targets, _TimeIsUp, tune
 from knormpress.workload.bench import Bench
 from knormpress.workload.corpora import load_corpus
+from knormpress.workload.tasks.haystack import haystacks
+from tests.answered import answered
 from tests.strategies import tiny_model
 from tests.tiny_folder import save_text
 
@@ -44,19 +44,9 @@ def _few():
         yield
 
 
-def findable(bench, *, count, which):
-    """The usual prompts, but the keys are what this model would say: it has learned nothing and would find none."""
-    prompts = []
-    for prompt in prompts_for(bench, count=count, which=which):
-        cache, key = DynamicCache(config=bench.model.config), []
-        with torch.inference_mode():
-            prefill(bench.model, prompt.text, cache)
-            token = prefill(bench.model, prompt.question, cache).argmax(-1)
-            for _ in range(3):
-                key.append(int(token))
-                token = prefill(bench.model, token[None], cache).argmax(-1)
-        prompts.append(replace(prompt, key=torch.tensor(key)))
-    return prompts
+def findable(bench, tasks, *, count, which):
+    """The usual texts, with keys that this model finds."""
+    return [answered(bench.model, prompt) for prompt in haystacks(bench, tasks, count=count, which=which)]
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +94,13 @@ def test_the_frontier_is_measured_through_each_policy_on_what_the_search_did_not
 def test_the_plan_is_within_both_targets_on_what_the_search_saw(bench, tmp_path, monkeypatch):
     """And less is kept than a plan that is not; with keys to lose, each target is also sought alone."""
     tried = []
-    monkeypatch.setattr(search, "prompts_for", findable)
+    monkeypatch.setattr(search, "haystacks", findable)
     monkeypatch.setattr(search, "measure_unseen", lambda _bench, policies, *_, **__: tried.extend(policies) or ())
     targets = Targets(ppl=3.0, passkey=0.3)
     plan = tune(bench, targets, tmp_path / "plan.json", context=CONTEXT, minutes=5.0)
     texts = bench.documents(length=CONTEXT + UNSEEN + 1, count=14)
     seen = [texts[number][:, : CONTEXT + SEEN + 1] for number in plan.calibration["numbers"]]
-    prompts = findable(bench, count=3, which="calibration")
+    prompts = findable(bench, ("passkey",), count=3, which="calibration")
     alone = {one.name: one.press for one in tried if one.name.startswith("tuned for")}
     with Probes.open(bench.model, seen, prompts, context=CONTEXT) as probes:
         assert probes.passkeys == 3

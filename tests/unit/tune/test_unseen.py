@@ -9,11 +9,14 @@ from transformers import DynamicCache
 from knormpress import KnormPress
 from knormpress.measure.prefill import prefill
 from knormpress.measure.quality import measure_quality
+from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.registry import make_method
 from knormpress.policy.policy import share
 from knormpress.progress import Progress
 from knormpress.tune import unseen
 from knormpress.tune.unseen import Tried, kept_tokens, measure_unseen
+from knormpress.workload.tasks.haystack import haystacks
+from tests.answered import answered
 
 PRESS = KnormPress(layer_keep_ratios=(1.0, 0.5, 0.1), prune_after=16)
 
@@ -39,18 +42,22 @@ def test_a_short_text_is_shown_to_its_end(bench):
     assert len(kept_tokens(bench, PRESS, prompt).tokens) == 10
 
 
-def test_every_policy_is_measured_through_its_method_and_asked_for_keys_where_wanted(bench, monkeypatch):
-    asked = []
+class Told(Progress):
+    def __init__(self):
+        self.steps = []
 
-    def ask(_bench, methods, count, _progress):
-        asked.append((methods, count))
-        return [(count - 1, count)] * len(methods)
+    def step(self, done, total, doing):
+        self.steps.append((done, total, doing))
 
-    monkeypatch.setattr(unseen, "ask_passkeys", ask)
-    low = KnormPress(0.3, 16)
+
+def test_every_policy_is_measured_through_its_method_and_asked_for_keys_where_wanted(bench):
+    """Of three keys the full cache finds two, so only these count."""
+    low, told = KnormPress(0.3, 16), Told()
     tried = [Tried("tuned", PRESS), Tried("random", low, method="random", passkeys=False), Tried("uniform", low)]
     texts = bench.documents(length=64 + 17, count=2)
-    points = measure_unseen(bench, tried, texts, context=64, passkeys=7, progress=Progress())
+    first, unknown, last = haystacks(bench, ("passkey",), count=3)
+    keys = [answered(bench.model, first, 1), unknown, answered(bench.model, last, 1)]
+    points = measure_unseen(bench, tried, texts, context=64, passkeys=keys, progress=told)
     methods = [make_method(one.method, one.press) for one in tried]
     expected = measure_quality(bench.model, methods, texts, context=64)
     assert [point.name for point in points] == ["tuned", "random", "uniform"]
@@ -59,7 +66,17 @@ def test_every_policy_is_measured_through_its_method_and_asked_for_keys_where_wa
     assert [point.ppl for point in points] == [(one.ppl.percent, *one.ppl.ends) for one in expected]
     assert points[0].mean_keep == pytest.approx(1.6 / 3)
     assert points[1].mean_keep == pytest.approx(1.6 / 3)  # the first layer is not pruned
-    assert [point.passkeys for point in points] == [(6, 7), None, (6, 7)]
-    assert asked == [([PRESS, low], 7)]
-    without = measure_unseen(bench, tried, texts, context=64, passkeys=0, progress=Progress())
-    assert [point.passkeys for point in without] == [None] * 3
+    asked = measure_retrieval(bench.model, [PRESS, low], keys)
+    assert [one.share.known for one in asked] == [2, 2]
+    assert [point.passkeys for point in points] == [(asked[0].share.found, 2), None, (asked[1].share.found, 2)]
+    assert told.steps[-4:] == [(done, 3, "unseen passkeys") for done in range(4)]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_where_no_keys_are_wanted_none_are_asked_for(bench, monkeypatch, wanted):
+    monkeypatch.setattr(unseen, "measure_retrieval", lambda *_, **__: pytest.fail("asked"))
+    texts, keys = bench.documents(length=64 + 17, count=2), haystacks(bench, ("passkey",), count=1)
+    passkeys = [] if wanted else keys
+    tried = [Tried("tuned", PRESS, passkeys=wanted)]
+    (point,) = measure_unseen(bench, tried, texts, context=64, passkeys=passkeys, progress=Progress())
+    assert point.passkeys is None
