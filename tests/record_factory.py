@@ -157,14 +157,23 @@ def _quality(random: np.random.Generator, documents: int, scored: int, ppl: floa
     size = abs(shift)
     spread = random.normal(0.0, 0.1 + size, (documents, scored)) + random.normal(0.0, 0.2 * size, (documents, 1))
     gap = np.zeros_like(spread) if ppl == 0 else spread - spread.mean() + shift
+    kl = 0.0 if keep_ratio == 1.0 else 0.3 * size + 0.002
+    # Most tokens hardly differ, some by much; their mean is `kl`.
+    divergence = random.gamma(0.5, 1.0, (documents, scored))
+    divergence *= kl / divergence.mean(axis=1, keepdims=True)
+    # About one token in sixteen needs what is far away.
+    local = before + np.where(random.random((documents, scored)) < 1 / 16, 3.0, 0.1)
     return Quality(
         documents=tuple(
             DocumentScore(
                 document=number,
                 baseline_nll=tuple(before[number].tolist()),
                 candidate_nll=tuple((before[number] + gap[number]).tolist()),
-                kl=0.0 if keep_ratio == 1.0 else 0.3 * size + 0.002,
+                kl=kl,
                 top1_agreement=1.0 if keep_ratio == 1.0 else 1.0 - 0.4 * (1 - keep_ratio) ** 1.2,
+                token_kl=tuple(divergence[number].tolist()),
+                local_nll=tuple(local[number].tolist()),
+                decoded_nll=tuple((before[number] + 1.2 * gap[number]).tolist()),
             )
             for number in range(documents)
         )

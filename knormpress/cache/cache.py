@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -239,6 +241,27 @@ class KnormCache(MaskedCache):
                     "prefill this cache with the model instead"
                 )
             layer.update(keys, values)
+
+    @contextmanager
+    def as_single_tokens(self, most: int) -> Iterator[int]:
+        """Let one pass prune as if its tokens came one by one, each in a pass of its own.
+
+        When decoding prunes depends on counts only, so known tokens can be decoded in few passes, each up to the next
+        pruning: inside ``with cache.as_single_tokens(most) as count`` feed the next ``count`` tokens in one pass, none
+        of which may be padding.
+
+        Args:
+            most: how many tokens are still to be fed, at least 1.
+
+        Yields:
+            how many of them the pass may bring: those up to the first one after which a layer prunes, with that one.
+        """
+        count = min(layer.until_pruning(most) for layer in self.layers if isinstance(layer, KnormLayer))
+        self.log.one_by_one = True
+        try:
+            yield count
+        finally:
+            self.log.one_by_one = False
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file; after ``load`` its results are bit-identical.

@@ -34,11 +34,16 @@ class LayerStats:
 
 
 class TokenLog:
-    """How many tokens a model has seen, and which are padding; shared by all layers of a cache."""
+    """How many tokens a model has seen, and which are padding; shared by all layers of a cache.
+
+    While ``one_by_one`` is true, layers prune after a pass of several tokens as after the last of as many passes of
+    one token, see ``KnormCache.as_single_tokens``.
+    """
 
     def __init__(self) -> None:
         self.seen = 0
         self.real: Tensor | None = None
+        self.one_by_one = False
 
     def extend(self, batch: int, new: int, real: Tensor | None) -> None:
         """Add ``new`` tokens to each row. ``real`` (batch, new) is False for padding; None if there is none."""
@@ -183,6 +188,19 @@ class KnormLayer(CacheLayerMixin):
                 "use a fresh cache, or batch_select_indices / batch_repeat_interleave first"
             )
 
+    def until_pruning(self, most: int) -> int:
+        """How many tokens the layer takes up to its next pruning, if they come one by one; at most ``most``.
+
+        The last of them is the one after which it prunes. None of them may be padding.
+        """
+        rows = list(zip(self._row_seen(), self._row_stored, strict=True)) or [(0, 0)]
+        for count in range(1, most):
+            for seen, stored in rows:
+                left = budget(self.press, self.ratio, seen=seen + count, stored=stored + count, new=1)
+                if left < stored + count:
+                    return count
+        return most
+
     def activate_past_recording(self) -> None:
         """Delay pruning until ``crop``, so that the newest tokens can be removed (assisted decoding).
 
@@ -298,12 +316,14 @@ class KnormLayer(CacheLayerMixin):
         # A crop can remove more tokens than are new since the last pruning decision.
         self._row_new = [max(0, before + count) for before, count in zip(self._row_new, new, strict=True)]
 
+    def _row_seen(self) -> list[int]:
+        return self.log.counts(len(self._row_stored), 0, self.seen)
+
     def _prune(self) -> None:
-        batch = len(self._row_stored)
-        seen = self.log.counts(batch, 0, self.seen) if self.log.real is not None else [self.seen] * batch
-        rows = zip(seen, self._row_stored, self._row_new, strict=True)
+        new = [min(count, 1) for count in self._row_new] if self.log.one_by_one else self._row_new
+        rows = zip(self._row_seen(), self._row_stored, new, strict=True)
         budgets = [budget(self.press, self.ratio, seen=s, stored=k, new=n) for s, k, n in rows]
-        self._row_new = [0] * batch
+        self._row_new = [0] * len(self._row_stored)
         if budgets == self._row_stored:
             return
         assert self.keys is not None

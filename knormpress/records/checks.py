@@ -51,8 +51,17 @@ def _check_scores(record: Record, cell: str) -> None:
                 f"{where} has {len(before)} baseline and {len(after)} candidate tokens; "
                 "wanted the same tokens scored through both caches: measure it again"
             )
-        unusable = [nll for nll in (*before, *after) if not abs(nll) <= LARGEST_NATS]
-        unusable += [figure for figure in (document.kl, document.top1_agreement) if not math.isfinite(figure)]
+        for name in ("token_kl", "local_nll", "decoded_nll"):
+            given = len(getattr(document, name))
+            if given not in (0, len(before)):
+                raise KnormError(
+                    f"{where} has {given} values of {name} for {len(before)} scored tokens; "
+                    "wanted one for each, or none: measure it again"
+                )
+        losses = (*before, *after, *document.local_nll, *document.decoded_nll)
+        unusable = [nll for nll in losses if not abs(nll) <= LARGEST_NATS]
+        divergences = (document.kl, *document.token_kl)
+        unusable += [figure for figure in (*divergences, document.top1_agreement) if not math.isfinite(figure)]
         if unusable:
             raise KnormError(
                 f"{where} has a score of {unusable[0]}; wanted finite values, and negative log-likelihoods of at most "

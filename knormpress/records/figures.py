@@ -21,8 +21,10 @@ from knormpress.stats.intervals import Change, Floats, percent, ratio_change
 from knormpress.stats.perplexity import ppl_change, ppl_percent
 
 __all__ = [
+    "LONG_RANGE_NATS",
     "ROUNDING_KL",
     "SPEED_MOVED",
+    "Divergence",
     "DocumentScore",
     "Latency",
     "Memory",
@@ -37,6 +39,9 @@ __all__ = [
 
 ROUNDING_KL: Final = 1e-8
 """Nats: a smaller divergence is due to rounding, as when attention is computed in parts."""
+
+LONG_RANGE_NATS: Final = 2.0
+"""Nats: a token whose loss falls by more when the model sees the whole context needs what is far away."""
 
 SPEED_MOVED: Final = 10.0
 """Percent: if a machine's speed changes by more, absolute times before and after can't be compared."""
@@ -218,6 +223,11 @@ class DocumentScore(Strict):
     ``baseline_nll`` and ``candidate_nll`` hold the negative log-likelihood in nats of each scored token, in text order.
     ``kl`` is the mean of KL(full || candidate) over these tokens, in nats; ``top1_agreement`` is the share of tokens
     for which both caches have the same first choice.
+
+    The rest, too, has one value in nats for each scored token, or is empty: records of earlier versions have none.
+    ``token_kl`` is KL(full || candidate); ``local_nll`` the negative log-likelihood behind a short context, without
+    a cache; ``decoded_nll`` that through the candidate's cache when the tokens are decoded one by one, where that was
+    asked for.
     """
 
     document: int
@@ -225,10 +235,25 @@ class DocumentScore(Strict):
     candidate_nll: tuple[float, ...]
     kl: float
     top1_agreement: float
+    token_kl: tuple[float, ...] = ()
+    local_nll: tuple[float, ...] = ()
+    decoded_nll: tuple[float, ...] = ()
+
+
+class Divergence(NamedTuple):
+    """Percentiles over the scored tokens of KL(full || candidate), in nats; ``p50`` is the median."""
+
+    p50: float
+    p90: float
+    p99: float
+    largest: float
 
 
 class Quality(Strict):
-    """The scored documents. Means are over tokens: a longer document weighs more."""
+    """The scored documents. Means are over tokens: a longer document weighs more.
+
+    A figure is None where a document lacks what it is made of.
+    """
 
     documents: tuple[DocumentScore, ...]
 
@@ -266,6 +291,48 @@ class Quality(Strict):
     def kl(self) -> float:
         """Mean KL divergence from the full cache's predictions, in nats per token."""
         return float(np.average([document.kl for document in self.documents], weights=self.tokens))
+
+    @cached_property
+    def divergence(self) -> Divergence | None:
+        """Percentiles of the KL divergence from the full cache's predictions, which its mean hides.
+
+        llama.cpp's perplexity tool prints the same ones, among others.
+        """
+        if not all(document.token_kl for document in self.documents):
+            return None
+        values = np.percentile(np.concatenate([document.token_kl for document in self.documents]), (50, 90, 99, 100))
+        return Divergence(*values.tolist())
+
+    @property
+    def long_range_tokens(self) -> int:
+        """How many scored tokens ``long_range`` is over; 0 where it can't be told."""
+        return sum(map(len, self._long_range_gaps))
+
+    @cached_property
+    def long_range(self) -> Change | None:
+        """The change of perplexity over the tokens that need what is far away; lower is better.
+
+        These are the tokens whose loss through the full cache is lower by more than ``LONG_RANGE_NATS`` than behind a
+        short context. The idea and the limit are LongPPL's (arXiv 2410.23771), scaled down: its short context has 4,096
+        tokens, and it asks also that the loss behind the long one is below 2 nats. None if there is no such token.
+        """
+        gaps = [gap for gap in self._long_range_gaps if len(gap)]
+        return ppl_change(gaps) if gaps else None
+
+    @property
+    def _long_range_gaps(self) -> list[Floats]:
+        """For each document (its long-range tokens,): the rises in nats; no document if one lacks ``local_nll``."""
+        if not all(document.local_nll for document in self.documents):
+            return []
+        pairs = zip(self.documents, self.gaps, strict=True)
+        return [gap[np.subtract(one.local_nll, one.baseline_nll) > LONG_RANGE_NATS] for one, gap in pairs]
+
+    @cached_property
+    def decoded(self) -> Change | None:
+        """The change of perplexity with what pruning while decoding loses too; lower is better."""
+        if not all(document.decoded_nll for document in self.documents):
+            return None
+        return ppl_change([np.subtract(one.decoded_nll, one.baseline_nll) for one in self.documents])
 
     @property
     def top1(self) -> float:

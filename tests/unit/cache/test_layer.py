@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from knormpress import KnormCache, KnormError, KnormPress
 from tests.oracle import greedy, position_ids
-from tests.strategies import left_padding, tiny_model, tokens
+from tests.strategies import left_padding, presses, tiny_model, tokens
 
 PRESS = KnormPress(0.5, prune_after=8, skip_layers=(0,), prune_interval=4)
 # Decoding alone never reaches this interval, so pruning tells what was taken for a pass of several tokens.
@@ -163,3 +165,47 @@ def test_pruning_put_off_finds_offloaded_keys_and_leaves_them_there():
     layer._move = lambda device: (moves.append((str(device), layer.stored)), move(device))
     layer.crop(-4)
     assert moves == [("cpu", 20), ("cpu", 10)]
+
+
+@settings(max_examples=10)
+@given(presses(), st.integers(0, 30), st.sampled_from([None, (3, 0)]))
+def test_in_few_passes_a_cache_keeps_what_it_keeps_token_by_token(press, prompt, padding):
+    """From an empty cache or a filled one, and in a batch whose rows prune at different times."""
+    model, rows, new = tiny_model(), 1 if padding is None else 2, 16
+    ids = tokens(prompt + new, rows)
+    mask = left_padding(prompt + new, *padding) if padding and prompt > 3 else torch.ones_like(ids)
+    single, few = KnormCache(model, press), KnormCache(model, press)
+    logits = ([], [])
+
+    def feed(cache, start, end):
+        places = {"attention_mask": mask[:, :end], "position_ids": position_ids(mask)[:, start:end]}
+        return model(ids[:, start:end], past_key_values=cache, **places).logits
+
+    with torch.no_grad():
+        if prompt:
+            feed(single, 0, prompt)
+            feed(few, 0, prompt)
+        for place in range(prompt, prompt + new):
+            logits[0].append(feed(single, place, place + 1))
+        place = prompt
+        while place < prompt + new:
+            with few.as_single_tokens(prompt + new - place) as count:
+                logits[1].append(feed(few, place, place + count))
+            place += count
+    assert torch.allclose(torch.cat(logits[0], dim=1), torch.cat(logits[1], dim=1), atol=1e-9)
+    assert all(map(torch.equal, *([layer.positions for layer in cache.layers] for cache in (single, few))))
+
+
+def test_pruning_is_as_before_behind_tokens_that_were_taken_as_single():
+    """However their pass ended."""
+    model = tiny_model()
+    cache = KnormCache(model, SELDOM)
+    with torch.no_grad():
+        model(tokens(20), past_key_values=cache)
+        with cache.as_single_tokens(10) as count:
+            model(tokens(count), past_key_values=cache)
+        with pytest.raises(KnormError, match="batch"), cache.as_single_tokens(10):
+            model(tokens(10, 2), past_key_values=cache)
+        assert [layer.stored for layer in cache.layers] == [30, 20, 20]
+        model(tokens(2), past_key_values=cache)
+    assert [layer.stored for layer in cache.layers] == [32, 16, 16]

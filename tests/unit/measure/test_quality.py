@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, Gemma3TextConfig, PreTrainedModel
 
 from knormpress.errors import KnormError
-from knormpress.measure.quality import measure_quality, score_document
+from knormpress.measure.prefill import slots_of
+from knormpress.measure.quality import decodes_in_few_passes, measure_quality, score_document
 from knormpress.methods.full import FullCache
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.method import Method
@@ -63,6 +65,37 @@ def nll_by_hand(model: PreTrainedModel, method: Method, ids: Tensor, chunk: int 
     return pytest.approx((-log_probabilities[range(SCORED), ids[0, CONTEXT + 1 :]]).tolist(), abs=1e-10)
 
 
+@contextmanager
+def passes_of(model: PreTrainedModel) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the tokens that go through ``model``."""
+    shapes: list[tuple[int, ...]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    with model.register_forward_pre_hook(look, with_kwargs=True):
+        yield shapes
+
+
+def one_by_one(
+    model: PreTrainedModel, method: Method, ids: Tensor, chunk: int | None = None
+) -> tuple[list[float], list[tuple[int, int]]]:
+    """The losses of tokens fed one at a time, and the shapes of the passes if one ended wherever a layer pruned."""
+    losses, cuts = [], [0]
+    with torch.no_grad(), method(model) as new_cache:
+        cache = new_cache()
+        for part in ids[:, :CONTEXT].split(chunk or CONTEXT, dim=1):
+            model(part, past_key_values=cache)
+        for fed in range(1, SCORED + 1):
+            before, place = slots_of(cache), CONTEXT + fed
+            logits = model(ids[:, place - 1 : place], past_key_values=cache).logits[0, -1]
+            losses.append(-logits.double().log_softmax(-1)[ids[0, place]].item())
+            if slots_of(cache) != [slots + 1 for slots in before]:
+                cuts.append(fed)
+    ends = sorted({*cuts, SCORED})
+    return losses, [(1, end - start) for start, end in itertools.pairwise(ends)]
+
+
 def score(methods: list[Method], ids: Tensor | None = None, **options: Any) -> list[DocumentScore]:
     """The scores of the tiny Llama on one document."""
     return score_document(tiny_model(), document() if ids is None else ids, methods, context=CONTEXT, **options)
@@ -83,7 +116,8 @@ def test_a_methods_scores_follow_their_definitions() -> None:
     (found,) = score([PRESS], ids)
     p, q = by_hand(model, FullCache(), ids, CONTEXT), by_hand(model, PRESS, ids, CONTEXT)
     assert found.candidate_nll == nll_by_hand(model, PRESS, ids)
-    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-10)
+    assert found.token_kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-10)
+    assert found.kl == pytest.approx(sum(found.token_kl) / SCORED, rel=1e-12)
     assert found.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     assert found.kl > 0.01
 
@@ -91,14 +125,10 @@ def test_a_methods_scores_follow_their_definitions() -> None:
 def test_one_prefill_serves_all_methods_and_none_touches_another() -> None:
     """Shared or its own, in whatever order, each method's scores are the same to the last digit."""
     low, middle, whole = (KnormPress(keep_ratio=ratio, prune_after=16) for ratio in (0.2, 0.5, 1.0))
-    passes: list[int] = []
-
-    def look(module: Any, args: Any, kwargs: Any) -> None:
-        passes.append(kwargs["input_ids"].shape[1])
-
-    with tiny_model().register_forward_pre_hook(look, with_kwargs=True):
+    with passes_of(tiny_model()) as passes:
         shared = score([whole, low, middle, whole, low])
-    assert passes == [CONTEXT, *[SCORED] * 6]
+    # The short context here is the whole document, then come the prompt and the full cache's own tokens.
+    assert passes == [(1, CONTEXT + SCORED), (1, CONTEXT), *[(1, SCORED)] * 6]
     own = score([Unshared(low), Unshared(middle), Unshared(whole)])
     assert shared == [own[2], own[0], own[1], own[2], own[0]]
 
@@ -108,6 +138,99 @@ def test_keep_ratio_one_diverges_by_nothing_however_short_the_text() -> None:
     assert found.kl == pytest.approx(0.0, abs=1e-12)
     assert found.top1_agreement == 1.0
     assert found.candidate_nll == pytest.approx(found.baseline_nll, abs=1e-10)
+
+
+def test_an_equal_candidate_diverges_at_no_token() -> None:
+    (found,) = score([FullCache()])
+    assert found.kl == 0.0
+    assert found.token_kl == (0.0,) * SCORED
+
+
+@pytest.mark.parametrize(
+    ("context", "scored", "passes"),
+    [
+        (48, 40, [(1, 88)]),
+        (100, 150, [(1, 164), (1, 192), (1, 150)]),
+        (128, 64, [(1, 192)]),
+        (200, 150, [(2, 192), (1, 150)]),
+        (70, 70, [(1, 134), (1, 134)]),  # of equal length, but with 64 and 6 tokens to score
+    ],
+)
+def test_a_tokens_local_loss_is_that_behind_the_last_128_tokens(
+    context: int, scored: int, passes: list[tuple[int, int]]
+) -> None:
+    """In blocks of 64, which begin 128 tokens earlier; or with the document, where it has fewer."""
+    model, ids = tiny_model(), document(context + scored + 1)
+    with passes_of(model) as shapes:
+        first, second = score_document(model, ids, [PRESS, FullCache()], context=context)
+    assert shapes[: len(passes)] == passes
+    assert shapes[len(passes)] == (1, context)
+    expected = []
+    for number in range(scored):
+        begin, place = max(0, context + number // 64 * 64 - 128), context + number
+        with torch.no_grad():
+            logits = model(ids[:, begin : place + 1], use_cache=False).logits[0, -1]
+        expected.append(-logits.log_softmax(-1)[ids[0, place + 1]].item())
+    assert first.local_nll == pytest.approx(expected, abs=1e-10)
+    assert second.local_nll == first.local_nll
+    if context + scored > 192:
+        assert first.local_nll != pytest.approx(first.baseline_nll, abs=1e-3)
+
+
+DECODING = {
+    "uniform": KnormPress(0.5, 16, prune_interval=6),
+    "at every token": KnormPress(0.5, 16, prune_interval=1),
+    "a ratio for each layer": KnormPress(0.9, 16, layer_keep_ratios=(0.9, 0.5, 0.3), prune_interval=5),
+    "iterative": KnormPress(0.6, 24, schedule="iterative"),
+    "the newest are kept": KnormPress(0.3, 16, keep_recent=7, prune_interval=5),
+    "more are kept than the budget": KnormPress(0.3, 16, keep_recent=30, prune_interval=5),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 20])
+@pytest.mark.parametrize("name", DECODING)
+def test_decoded_in_few_passes_is_decoded_one_by_one(name: str, chunk: int | None) -> None:
+    """A pass ends where a layer prunes, and nowhere else: later it would give other losses, earlier more passes."""
+    model, ids, press = tiny_model(), document(), DECODING[name]
+    losses, shapes = one_by_one(model, press, ids, chunk)
+    assert len(shapes) > 2
+    (once,) = score([press], ids, prefill_chunk=chunk)
+    with passes_of(model) as passes:
+        (found,) = score([press], ids, prefill_chunk=chunk, decoded=True)
+    assert found.decoded_nll == pytest.approx(losses, abs=1e-10)
+    assert passes[-len(shapes) :] == shapes
+    assert once.decoded_nll == ()
+    assert found == once.model_copy(update={"decoded_nll": found.decoded_nll})
+    # The control: scored in one pass, the tokens behind the first pruning have other losses.
+    first = shapes[0][1]
+    assert found.decoded_nll[:first] == pytest.approx(found.candidate_nll[:first], abs=1e-10)
+    assert found.decoded_nll[first:] != pytest.approx(found.candidate_nll[first:], abs=1e-3)
+
+
+def test_decoded_without_pruning_is_what_one_pass_scores() -> None:
+    for press in (KnormPress(0.5, 16, prune_interval=64), KnormPress(1.0)):
+        with passes_of(tiny_model()) as passes:
+            (found,) = score([press], decoded=True)
+        assert found.decoded_nll == pytest.approx(found.candidate_nll, abs=1e-10)
+        assert passes[-2:] == [(1, SCORED)] * 2
+
+
+def test_in_float32_decoded_is_the_same_to_5_decimals() -> None:
+    model, ids, press = tiny_model(dtype=torch.float32), document(), DECODING["a ratio for each layer"]
+    (found,) = score_document(model, ids, [press], context=CONTEXT, decoded=True)
+    assert found.decoded_nll == pytest.approx(one_by_one(model, press, ids)[0], abs=1e-5)
+
+
+def test_a_prefill_in_chunks_serves_both_ways_of_scoring() -> None:
+    with passes_of(tiny_model()) as passes:
+        score([DECODING["uniform"]], prefill_chunk=16, decoded=True)
+    assert passes.count((1, 16)) == 2 * CONTEXT // 16  # for the full cache and the method
+
+
+def test_which_caches_are_decoded_in_few_passes() -> None:
+    own = (PRESS, Unshared(PRESS), make_method("random", PRESS))
+    assert all(decodes_in_few_passes(tiny_model(), method) for method in own)
+    assert not decodes_in_few_passes(tiny_model(), FullCache())
 
 
 def test_a_prefill_in_chunks_prunes_in_between() -> None:
@@ -203,6 +326,12 @@ def test_another_cache_is_scored_as_it_is() -> None:
     ids = document()
     (found,) = score([forgetful], ids)
     assert found.candidate_nll == nll_by_hand(tiny_model(), forgetful, ids)
+    assert found.decoded_nll == ()
+    with passes_of(tiny_model()) as passes:
+        (decoded,) = score([forgetful], ids, decoded=True)
+    assert passes[-SCORED - 1 :] == [(1, CONTEXT), *[(1, 1)] * SCORED]
+    assert decoded.decoded_nll == pytest.approx(one_by_one(tiny_model(), forgetful, ids)[0], abs=1e-10)
+    assert decoded == found.model_copy(update={"decoded_nll": decoded.decoded_nll})
     (beside_it,) = score([PRESS], ids, baseline=forgetful)
     assert beside_it.baseline_nll == found.candidate_nll
 
@@ -213,6 +342,8 @@ def test_documents_are_scored_one_by_one_and_collected_by_method() -> None:
     expected = [score(methods, ids, document=number) for number, ids in enumerate(texts)]
     assert [list(quality.documents) for quality in found] == [list(scores) for scores in zip(*expected, strict=True)]
     assert len(ticks) == 2
+    (decoded,) = measure_quality(tiny_model(), [PRESS], texts, context=CONTEXT, decoded=True)
+    assert [len(one.decoded_nll) for one in decoded.documents] == [SCORED] * 2
 
 
 def test_a_method_that_was_to_prune_and_predicts_what_the_full_cache_does_is_refused() -> None:

@@ -35,6 +35,7 @@ RUN = Run(ttft_s=0.5, gaps_s=(0.1, 0.0))
         changed("latency", baseline=(RUN,), candidate=(RUN,)),
         changed("memory", baseline_cache_bytes=1, candidate_cache_bytes=0),
         scored(candidate_nll=(LARGEST_NATS,) * 5 + (-LARGEST_NATS,) * 5),
+        scored(token_kl=(), local_nll=(), decoded_nll=()),
     ],
 )
 def test_a_sound_record_is_handed_on(record: Record) -> None:
@@ -54,6 +55,14 @@ def test_a_sound_record_is_handed_on(record: Record) -> None:
             (scored(**{side: (1.0,) * 9 + (nll,)}), f"score of {nll}")
             for side in ("baseline_nll", "candidate_nll")
             for nll in (math.nan, math.inf, -math.inf, LARGEST_NATS + 0.1)
+        ],
+        *[
+            (scored(**{name: (1.0,) * 9}), f"document 0.* 9 values of {name} for 10 scored tokens")
+            for name in ("token_kl", "local_nll", "decoded_nll")
+        ],
+        *[
+            (scored(**{name: (1.0,) * 9 + (math.nan,)}), "score of nan")
+            for name in ("token_kl", "local_nll", "decoded_nll")
         ],
         (scored(kl=math.nan), "score of nan"),
         (scored(top1_agreement=math.inf), "score of inf"),

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from knormpress.records.figures import SPEED_MOVED, DocumentScore, Latency, Memory, Quality, Run, ppl_change_between
+from knormpress.records.figures import (
+    LONG_RANGE_NATS,
+    SPEED_MOVED,
+    DocumentScore,
+    Latency,
+    Memory,
+    Quality,
+    Run,
+    ppl_change_between,
+)
 from knormpress.records.schema import ratio_label
 from knormpress.stats.intervals import Change
 from tests.record_factory import make_record
@@ -90,6 +99,61 @@ def test_a_longer_document_weighs_more() -> None:
     assert scores.kl == pytest.approx(0.04)
     assert scores.top1 == pytest.approx(0.8)
     assert [gap.mean() for gap in scores.gaps] == pytest.approx([0.1, 0.4])
+
+
+def with_values(scores: Quality, name: str, *values: tuple[float, ...]) -> Quality:
+    """``scores`` with another value for each token of each document."""
+    pairs = zip(scores.documents, values, strict=True)
+    return Quality(documents=tuple(one.model_copy(update={name: given}) for one, given in pairs))
+
+
+def test_divergences_are_pooled_over_the_documents() -> None:
+    divergences = np.random.default_rng(0).permutation(np.arange(101) / 100)
+    scores = quality((61, 0.1, 0.5, 1.0), (40, 0.1, 0.5, 1.0))
+    found = with_values(scores, "token_kl", tuple(divergences[:61]), tuple(divergences[61:])).divergence
+    assert found == pytest.approx((0.5, 0.9, 0.99, 1.0))
+    assert scores.divergence is None
+    assert with_values(scores, "token_kl", tuple(divergences[:61]), ()).divergence is None
+
+
+def test_long_range_is_over_the_tokens_that_a_short_context_predicts_worse() -> None:
+    assert LONG_RANGE_NATS == 2.0
+    scores = quality((100, 0.1, 0.0, 1.0), (100, 0.4, 0.0, 1.0), (100, 7.0, 0.0, 1.0))
+    (before, *_) = (one.baseline_nll for one in scores.documents)
+    near, far = tuple(nll + 1.99 for nll in before), tuple(nll + 2.01 for nll in before)
+    found = with_values(scores, "local_nll", far[:30] + near[30:], near[:90] + far[90:], near)
+    assert found.long_range_tokens == 40
+    assert found.long_range is not None
+    assert found.long_range.percent == pytest.approx(100 * math.expm1((30 * 0.1 + 10 * 0.4) / 40))
+    assert found.long_range.ends == pytest.approx((100 * math.expm1(0.1), 100 * math.expm1(0.4)))
+    for none in (
+        scores,
+        with_values(scores, "local_nll", near, near, near),
+        with_values(scores, "local_nll", far, far, ()),
+    ):
+        assert none.long_range_tokens == 0
+        assert none.long_range is None
+
+
+def test_decoded_is_against_the_full_cache_too() -> None:
+    scores = quality((300, 0.1, 0.0, 1.0), (100, 0.1, 0.0, 1.0))
+    first, second = (one.baseline_nll for one in scores.documents)
+    found = with_values(scores, "decoded_nll", tuple(nll + 0.2 for nll in first), tuple(nll + 0.6 for nll in second))
+    assert found.decoded is not None
+    assert found.decoded.percent == pytest.approx(100 * math.expm1(0.3))
+    assert found.ppl.percent == pytest.approx(100 * math.expm1(0.1))
+    assert scores.decoded is None
+    assert with_values(scores, "decoded_nll", first, ()).decoded is None
+
+
+def test_scores_of_earlier_versions_are_read() -> None:
+    stored = make_record(0.9).quality.model_dump()
+    for document in stored["documents"]:
+        for name in ("token_kl", "local_nll", "decoded_nll"):
+            del document[name]
+    found = Quality.model_validate(stored)
+    assert found.ppl == make_record(0.9).quality.ppl
+    assert (found.divergence, found.long_range, found.long_range_tokens, found.decoded) == (None, None, 0, None)
 
 
 def test_keeping_everything_changes_nothing() -> None:
