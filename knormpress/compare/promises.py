@@ -98,8 +98,8 @@ def losses(records: Iterable[Record]) -> list[str]:
             tasks = [(task, record.retrieval.of(task).share) for task in record.retrieval.asked]
             parts = [f"{task} {part.known - part.found} of {part.known}" for task, part in tasks if part.known]
             sentences.append(
-                f"At keep ratio {record.label} {share.known - share.found} of the {share.known} items that the full cache "
-                f"finds are lost: {', '.join(parts)}."
+                f"At keep ratio {record.label} {share.known - share.found} of the {share.known} items that the full "
+                f"cache finds are lost: {', '.join(parts)}."
             )
     return sentences
 

@@ -26,11 +26,18 @@ from knormpress.pytest_plugin.options import (
     usage,
     warn_of_other_settings,
 )
+from knormpress.pytest_plugin.retrieval import (
+    ASKED,
+    asked_of,
+    knorm_passkey_gate,
+    knorm_passkeys,
+    knorm_retrieval,
+    knorm_retrieval_gate,
+)
 from knormpress.pytest_plugin.session import StoredRun
 
 if TYPE_CHECKING:
     from knormpress.methods.method import Method
-    from knormpress.policy.policy import Policy
     from knormpress.pytest_plugin.measured import Measured
     from knormpress.records.figures import Latency, Memory
     from knormpress.records.schema import Result
@@ -108,7 +115,7 @@ def knorm_method(knorm_press: KnormPress, request: pytest.FixtureRequest) -> Met
     from knormpress.methods.registry import make_method
 
     method = make_method(setting(request.config, "method"), knorm_press)
-    request.config.stash.setdefault(_ASKED, []).append((method, knorm_press))
+    request.config.stash.setdefault(ASKED, []).append((method, knorm_press))
     return method
 
 
@@ -189,7 +196,7 @@ def knorm_memory(_knorm_measured: Measured, request: pytest.FixtureRequest) -> C
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             prefill_chunk=prefill_chunk,
-            policy=_asked_of(request.config, method),
+            policy=asked_of(request.config, method),
         )
 
     return measure
@@ -207,7 +214,7 @@ def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callabl
         from knormpress.pytest_plugin.measured import score
 
         samples = number(request.config, "samples")
-        policies = [_asked_of(request.config, method) for method in methods]
+        policies = [asked_of(request.config, method) for method in methods]
         return score(knorm_bench, methods, policies, context=context, scored=scored, samples=samples)
 
     return measure
@@ -232,111 +239,6 @@ def knorm_gate(
         assert result.quality is not None
         _knorm_measured.quality(result)
         decision, figures = gated(result.quality, knorm_ppl_tolerance)
-        if decision == "inconclusive":
-            pytest.xfail(f"inconclusive: {figures}")
-        if decision == "fail":
-            pytest.fail(figures, pytrace=False)
-
-    return decide
-
-
-@pytest.fixture(scope="session")
-def knorm_retrieval(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[Result]]:
-    """Ask the caches of several methods what stands in texts, see ``measure.retrieval``.
-
-    Called as ``knorm_retrieval([method, ...], tasks=None, texts=8)``; ``tasks`` are names, those of ``--knorm-tasks``
-    unless given, and ``texts`` their number for each task. Returns a result for each method, whose ``retrieval`` has
-    every item.
-    """
-
-    def ask(methods: Sequence[Method], *, tasks: Sequence[str] | None = None, texts: int = 8) -> list[Result]:
-        from knormpress.pytest_plugin.measured import retrieve
-        from knormpress.workload.tasks.haystack import DEFAULT_TASKS
-
-        policies = [_asked_of(request.config, method) for method in methods]
-        named = tasks or number(request.config, "tasks") or DEFAULT_TASKS
-        return retrieve(knorm_bench, methods, policies, tasks=named, texts=texts)
-
-    return ask
-
-
-@pytest.fixture
-def knorm_retrieval_gate(
-    _knorm_measured: Measured, knorm_retrieval: Callable[..., list[Result]], request: pytest.FixtureRequest
-) -> Callable[..., None]:
-    """Let the test pass only if a method finds ``--knorm-retrieval-share`` of what the full cache finds.
-
-    Called as ``knorm_retrieval_gate(method, tasks=None, texts=8)``, or with results of ``knorm_retrieval`` as
-    ``knorm_retrieval_gate(result, controls={name: result})``. ``random`` and ``recent-window`` are asked the same under
-    the same policy. A task which one of them passes, or which the full cache hardly solves, decides nothing; the
-    test says so. The whole 95 % interval (Wilson's) decides, as in ``knorm_gate``.
-    """
-    wanted = number(request.config, "retrieval_share")
-
-    def ask(method: Method, asked: dict[str, Any]) -> tuple[Result, dict[str, Result]]:
-        from knormpress.pytest_plugin.measured import retrieval_controls
-
-        policy = _asked_of(request.config, method)
-        if policy is None:
-            pytest.fail(
-                "the method has no policy, under which controls could be asked; take it from knorm_method, or give it "
-                "a press",
-                pytrace=False,
-            )
-        controls = retrieval_controls(policy)
-        own, *others = knorm_retrieval([method, *controls.values()], **asked)
-        return own, dict(zip(controls, others, strict=True))
-
-    def decide(method: Method | Result, *, controls: dict[str, Result] | None = None, **asked: Any) -> None:
-        from knormpress.compare.retrieval import judge_retrieval
-        from knormpress.records.schema import Result
-
-        own, others = (method, controls or {}) if isinstance(method, Result) else ask(method, asked)
-        _knorm_measured.retrieval(own)
-        assert own.retrieval is not None
-        found = {name: other.retrieval for name, other in others.items() if other.retrieval}
-        outcome = judge_retrieval(own.retrieval, found, wanted)
-        print(outcome.text)
-        if outcome.decision == "inconclusive":
-            pytest.xfail(f"inconclusive: {outcome.text}")
-        if outcome.decision == "fail":
-            pytest.fail(outcome.text, pytrace=False)
-
-    return decide
-
-
-@pytest.fixture(scope="session")
-def knorm_passkeys(knorm_retrieval: Callable[..., list[Result]]) -> Callable[..., list[tuple[int, int]]]:
-    """Ask the caches of several methods for passkeys, which are hidden in idle sentences.
-
-    Called as ``knorm_passkeys([method, ...], count=40)``; returns for each method how many passkeys it found, and how
-    many of the ``count`` the full cache found; the others don't count.
-    """
-
-    def ask(methods: Sequence[Method], *, count: int = 40) -> list[tuple[int, int]]:
-        measured = knorm_retrieval(methods, tasks=("passkey",), texts=count)
-        shares = [result.retrieval.share for result in measured if result.retrieval]
-        return [(share.found, share.known) for share in shares]
-
-    return ask
-
-
-@pytest.fixture
-def knorm_passkey_gate(
-    knorm_passkeys: Callable[..., list[tuple[int, int]]], request: pytest.FixtureRequest
-) -> Callable[..., None]:
-    """Let the test pass only if a method finds ``--knorm-passkey-share`` of the passkeys that the full cache finds.
-
-    Called as ``knorm_passkey_gate(method, count=40)``, or with a pair from ``knorm_passkeys``. The whole 95 %
-    interval (Wilson's) decides, as in ``knorm_gate``.
-    """
-    wanted = number(request.config, "passkey_share")
-
-    def decide(method: Method | tuple[int, int], **count: int) -> None:
-        from knormpress.stats.gates import passkey_gate
-
-        counts = method if isinstance(method, tuple) else knorm_passkeys([method], **count)[0]
-        decision, figures = passkey_gate(*counts, wanted)
         if decision == "inconclusive":
             pytest.xfail(f"inconclusive: {figures}")
         if decision == "fail":
@@ -394,17 +296,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 _RUN = pytest.StashKey[StoredRun]()
-_ASKED = pytest.StashKey[list[tuple[Any, KnormPress]]]()
 _MEASURED = pytest.StashKey["Measured"]()
 _BENCHMARK = pytest.StashKey[Any]()
-
-
-def _asked_of(config: pytest.Config, method: Method) -> Policy | None:
-    """The policy that ``method`` was made for: by the fixture, else what the method itself says."""
-    from knormpress.methods.method import policy_of
-
-    asked = (press for made, press in config.stash.get(_ASKED, []) if made is method)
-    return next(asked, None) or policy_of(method)
 
 
 def _finish(item: pytest.Item, *, passed: bool) -> None:
