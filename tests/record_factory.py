@@ -12,7 +12,7 @@ from knormpress.records.figures import DocumentScore, Latency, Memory, Quality, 
 from knormpress.records.retrieval import Answer, Item, Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 
-__all__ = ["make_record", "make_records", "make_retrieval"]
+__all__ = ["make_record", "make_records", "make_retrieval", "without_more"]
 
 # Changes in % at a few keep ratios, of the size that a small model shows on a CPU; between them they are interpolated.
 _RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -144,6 +144,12 @@ def make_retrieval(
                 place = {"task": task, "text": text, "name": f"key {question}", "length": length, "depth": depth}
                 items.append(Item(**place, tokens=6, full=full, candidate=candidate))
     return Retrieval(asked=dict.fromkeys(tasks, 4 * texts + 2), items=tuple(items))
+
+
+def without_more(record: Record, *names: str) -> Record:
+    """``record`` without the figures called ``names`` of each token, as earlier versions stored it."""
+    documents = tuple(one.model_copy(update=dict.fromkeys(names, ())) for one in record.quality.documents)
+    return record.model_copy(update={"quality": Quality(documents=documents)})
 
 
 def make_records(keep_ratios: Iterable[float], **parameters: Any) -> list[Record]:

@@ -21,7 +21,7 @@ from knormpress.files import make_folder
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
-from knormpress.measure.quality import measure_quality
+from knormpress.measure.quality import decodes_in_few_passes, measure_quality
 from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
@@ -147,6 +147,8 @@ def _measure(
             texts,
             context=prompt_tokens,
             prefill_chunk=chunk,
+            # Other caches would take a pass for each token.
+            decoded=all(decodes_in_few_passes(bench.model, method) for method in methods),
             policies=pending,
             after_document=steps.tick,
         )

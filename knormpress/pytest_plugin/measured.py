@@ -36,14 +36,17 @@ def score(
     context: int,
     scored: int,
     samples: int,
+    decoded: bool = False,
 ) -> list[Result]:
     """Score ``samples`` documents through the full cache and each method's cache; they share each document's prefill.
+
+    With ``decoded`` the tokens are also scored as when they are decoded, see ``measure.quality.score_document``.
 
     Raises:
         KnormError: a method whose policy drops tokens predicts exactly what the full cache does.
     """
     texts = bench.documents(length=context + scored + 1, count=samples)
-    qualities = measure_quality(bench.model, methods, texts, context=context, policies=policies)
+    qualities = measure_quality(bench.model, methods, texts, context=context, decoded=decoded, policies=policies)
     conditions: dict[str, int | None] = {"context": context, "scored": scored, "documents": samples}
     return [
         Result(method=describe_method(method), conditions=conditions, quality=quality)

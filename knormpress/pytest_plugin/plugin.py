@@ -206,16 +206,20 @@ def knorm_memory(_knorm_measured: Measured, request: pytest.FixtureRequest) -> C
 def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callable[..., list[Result]]:
     """Score documents through the caches of several methods, which share each document's prefill.
 
-    Called as ``knorm_quality([method, ...], context=1024, scored=256)``; returns a result for each method, whose
-    ``quality`` has the figures. Each result can be passed to ``knorm_gate``.
+    Called as ``knorm_quality([method, ...], context=1024, scored=256, decoded=False)``; returns a result for each
+    method, whose ``quality`` has the figures. Each result can be passed to ``knorm_gate``. With ``decoded=True`` also
+    ``quality.decoded``, with what pruning while decoding loses: a few passes more for a method of this package, one for
+    each scored token for another.
     """
 
-    def measure(methods: Sequence[Method], *, context: int = 1024, scored: int = 256) -> list[Result]:
+    def measure(
+        methods: Sequence[Method], *, context: int = 1024, scored: int = 256, decoded: bool = False
+    ) -> list[Result]:
         from knormpress.pytest_plugin.measured import score
 
         samples = number(request.config, "samples")
         policies = [asked_of(request.config, method) for method in methods]
-        return score(knorm_bench, methods, policies, context=context, scored=scored, samples=samples)
+        return score(knorm_bench, methods, policies, context=context, scored=scored, samples=samples, decoded=decoded)
 
     return measure
 
@@ -226,16 +230,17 @@ def knorm_gate(
 ) -> Callable[..., None]:
     """Let the test pass only if a method's change of perplexity stays within ``--knorm-ppl-tolerance``.
 
-    Called as ``knorm_gate(method, context=1024, scored=256)``, or with a result of ``knorm_quality``. The whole 95 %
-    interval decides. If it crosses the limit, the test is never reported as passed, but as an expected failure that
-    says how many more documents are needed.
+    Called as ``knorm_gate(method, context=1024, scored=256, decoded=False)``, or with a result of ``knorm_quality``.
+    The whole 95 % interval decides. If it crosses the limit, the test is never reported as passed, but as an expected
+    failure that says how many more documents are needed. With ``decoded=True`` the change while decoding is measured
+    and stored too; it does not decide.
     """
 
-    def decide(method: Method | Result, **lengths: int) -> None:
+    def decide(method: Method | Result, **how: int) -> None:
         from knormpress.pytest_plugin.measured import gated
         from knormpress.records.schema import Result
 
-        result = method if isinstance(method, Result) else knorm_quality([method], **lengths)[0]
+        result = method if isinstance(method, Result) else knorm_quality([method], **how)[0]
         assert result.quality is not None
         _knorm_measured.quality(result)
         decision, figures = gated(result.quality, knorm_ppl_tolerance)

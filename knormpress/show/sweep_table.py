@@ -19,7 +19,7 @@ from knormpress.records.schema import Record
 from knormpress.show.console import make_console
 from knormpress.stats.intervals import Change
 
-__all__ = ["WIDTH", "below_the_cache", "cautions", "print_tables", "render"]
+__all__ = ["WIDTH", "below_the_cache", "beyond_the_mean", "cautions", "print_tables", "render"]
 
 WIDTH = 80
 """The most columns that the tables use."""
@@ -46,6 +46,9 @@ def render(records: Sequence[Record], beside: Sequence[Record] = ()) -> Renderab
     ``beside`` are the other records of the file; one of them may have the time of the first, cold call.
     """
     parts: list[RenderableType] = [_heading(records), _changes(records), _figures(records)]
+    more = beyond_the_mean(records)
+    if more:
+        parts.append(_beyond_the_mean(more))
     verdicts = [*judge_targets(records), *judge_claims(records, beside)]
     if verdicts:
         parts += [_verdicts(verdicts), *_reasons(verdicts)]
@@ -201,6 +204,41 @@ def _figures(records: Sequence[Record]) -> Table:
     ]
     for label, *figures in zip(["full", *(record.label for record in records)], *columns, strict=True):
         table.add_row(label, *figures)
+    return table
+
+
+def beyond_the_mean(records: Sequence[Record]) -> list[Record]:
+    """Those of ``records`` that have more than mean figures of quality; records of earlier versions have none."""
+    return [
+        record for record in records if record.quality.divergence or record.quality.long_range or record.quality.decoded
+    ]
+
+
+def _beyond_the_mean(records: Sequence[Record]) -> Table:
+    table = _table(
+        "Beyond the mean",
+        (
+            "keep\nratio",
+            "KL p50\nnats",
+            "p90\n",
+            "p99\n",
+            "largest\n",
+            "long-range\nPPL change",
+            "over\ntokens",
+            "decoded\nPPL change",
+        ),
+        "Long-range: over the tokens that need what is far away. Decoded: pruned at new tokens too, as when they are "
+        "generated.",
+    )
+    for record in records:
+        quality = record.quality
+        table.add_row(
+            record.label,
+            *(["-"] * 4 if quality.divergence is None else [f"{nats:.3f}" for nats in quality.divergence]),
+            "-" if quality.long_range is None else _two_lines(quality.long_range),
+            "-" if quality.long_range is None else f"{quality.long_range_tokens:,}",
+            "-" if quality.decoded is None else _two_lines(quality.decoded),
+        )
     return table
 
 

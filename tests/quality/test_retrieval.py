@@ -11,8 +11,8 @@ from knormpress.pytest_plugin.measured import retrieval_controls
 
 HALF = KnormPress(0.5)
 TEXTS = 6
-MORE_TEXTS = 12
-TABLE_TASKS = ["single-prose", "multikey-prose", "multikey-filler", "list", "json", "instruction", "turns", "passkey"]
+MORE_TEXTS = 8
+TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "passkey")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from knormpress.records.schema import Record
 from knormpress.show.page.parts import Block, Cell, Facts, Heading, Line, Statement, Statements, Table, Tone, Words
 from knormpress.show.page.settings import NOISE, Family, is_control, listed
 from knormpress.show.pictures.style import pretty, three_digits
-from knormpress.show.sweep_table import below_the_cache, cautions
+from knormpress.show.sweep_table import below_the_cache, beyond_the_mean, cautions
 from knormpress.stats.intervals import Change
 
 __all__ = ["DEFINITIONS", "control_blocks", "interval", "table_blocks", "verdict_blocks"]
@@ -45,6 +45,22 @@ DEFINITIONS = Facts(
             "KL and top-1",
             "How much the predictions differ from the full cache's: mean KL divergence in nats (0: not at all), and "
             "the share of scored tokens for which both caches have the same first choice.",
+        ),
+        (
+            "KL percentiles",
+            "The KL divergence is taken for each scored token. p50 is the median over these tokens; p90, p99 and the "
+            "largest show what the mean hides: a few tokens that are predicted quite differently.",
+        ),
+        (
+            "Long-range PPL",
+            "The change of perplexity over those scored tokens only that need what is far away: the model's loss is "
+            "lower by more than 2 nats behind the whole context than behind its last 128 to 191 tokens. Beside the "
+            "interval, how many tokens these are.",
+        ),
+        (
+            "Decoded PPL",
+            "The change of perplexity with the scored tokens fed as when they are generated, one by one: the cache is "
+            "pruned among them too, and the loss of that is in the figure.",
         ),
         (
             "Found",
@@ -177,6 +193,15 @@ def table_blocks(families: Sequence[Family]) -> Iterator[Block]:
             row_heads=2,
             folded=True,
         )
+        more = beyond_the_mean(records)
+        if more:
+            yield Table(
+                "Beyond the mean: percentiles of KL in nats, and two further changes of PPL",
+                ("Keep ratio", "Method", "KL p50", "KL p90", "KL p99", "Largest KL", "Long-range PPL", "Decoded PPL"),
+                tuple(_more_row(record) for record in more),
+                row_heads=2,
+                folded=True,
+            )
 
 
 def _method(record: Record) -> Cell:
@@ -215,6 +240,21 @@ def _figure_row(record: Record) -> tuple[Cell, ...]:
     full = _figures(record.latency.baseline_speed, record.quality.baseline_ppl)
     pruned = _figures(record.latency.candidate_speed, record.quality.candidate_ppl)
     return record.label, _method(record), *zip(full, pruned, strict=True)
+
+
+def _more_row(record: Record) -> tuple[Cell, ...]:
+    quality = record.quality
+    return (
+        record.label,
+        _method(record),
+        *(("-",) * 4 if quality.divergence is None else (f"{nats:.3f}" for nats in quality.divergence)),
+        _optional(quality.long_range, f"; {quality.long_range_tokens:,} tokens"),
+        _optional(quality.decoded),
+    )
+
+
+def _optional(change: Change | None, note: str = "") -> Cell:
+    return "-" if change is None else (pretty(str(change)), pretty(change.interval) + note)
 
 
 def _figures(speed: Speed, ppl: float) -> list[str]:

@@ -136,7 +136,8 @@ def test_every_cell_is_measured_and_written(measured: Measured) -> None:
         assert record.latency.weights_tpot_s is not None
         assert record.latency.weights_tpot_s > 0
         assert len(record.quality.documents) == 2
-        assert [len(document.candidate_nll) for document in record.quality.documents] == [16, 16]
+        for name in ("candidate_nll", "token_kl", "local_nll", "decoded_nll"):
+            assert [len(getattr(document, name)) for document in record.quality.documents] == [16, 16]
         assert record.conditions.context_tokens == record.conditions.prompt_tokens == 48
         assert record.policy.prune_after == 16
         assert record.environment.device == "cpu"
@@ -180,6 +181,7 @@ def test_the_full_cache_against_itself(settings: SweepSettings, tmp_path: Path) 
     assert record.policy.method == "full"
     for document in record.quality.documents:
         assert document.baseline_nll == document.candidate_nll
+        assert document.decoded_nll == ()  # a pass for each token
         assert document.kl == 0.0
         assert document.top1_agreement == 1.0
 

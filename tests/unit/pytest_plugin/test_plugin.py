@@ -120,6 +120,23 @@ def test_a_gate_passes_fails_or_says_how_many_documents_would_decide(run: Run) -
     run(GATE, ppl_tolerance="100000").assert_outcomes(passed=1)
 
 
+DECODED = f"""
+import pytest
+
+@pytest.mark.parametrize("how", [{{}}, {{"decoded": True}}])
+def test_quality(knorm_quality, knorm_gate, knorm_press, how):
+    (result,) = knorm_quality([knorm_press], {LENGTHS}, **how)
+    assert (result.quality.decoded is not None) == bool(how)
+    knorm_gate(knorm_press, {LENGTHS}, **how)
+"""
+
+
+def test_decoding_is_scored_where_asked_for(run: Run) -> None:
+    run(DECODED, "--knorm-save", ppl_tolerance="100000", keep_ratios="0.5").assert_outcomes(passed=2)
+    stored = [entry.quality for entry in History.read(Path(".benchmarks")).entries]
+    assert [quality.decoded is not None for quality in stored if quality] == [False, True]
+
+
 PASSKEYS = """
 import pytest
 

@@ -20,7 +20,7 @@ from knormpress.show.page.words import interval
 from knormpress.stats.intervals import Change
 from tests.entry_factory import make_entry
 from tests.plan_factory import make_plan
-from tests.record_factory import make_record, make_records
+from tests.record_factory import make_record, make_records, without_more
 
 NOTHING = History(())
 
@@ -101,7 +101,9 @@ def test_records_that_differ_are_grouped_and_the_difference_named() -> None:
 def test_every_figure_of_a_record_is_in_its_tables() -> None:
     record = make_record(0.9, found=0.75)
     latency, memory, quality = record.latency, record.memory, record.quality
-    changes, figures = (block for block in Report([record]).sections["results"].blocks if isinstance(block, Table))
+    changes, figures, more = (
+        block for block in Report([record]).sections["results"].blocks if isinstance(block, Table)
+    )
     shown = [cell if isinstance(cell, str) else cell[0] for cell in changes.rows[0]]
     expected = [str(change) for change in (latency.ttft, latency.tpot, latency.throughput, quality.ppl)]
     assert [text.replace("\N{MINUS SIGN}", "-") for text in shown[2:6]] == expected
@@ -118,6 +120,26 @@ def test_every_figure_of_a_record_is_in_its_tables() -> None:
     ):
         assert pair == pytest.approx((getattr(full, name) * unit, getattr(pruned, name) * unit), rel=0.005)
     assert pairs[5] == pytest.approx((quality.baseline_ppl, quality.candidate_ppl), rel=0.005)
+    assert quality.divergence is not None
+    assert quality.long_range is not None
+    assert more.folded
+    assert more.rows[0][2:6] == tuple(f"{nats:.3f}" for nats in quality.divergence)
+    assert [cell[0].replace("\N{MINUS SIGN}", "-") for cell in more.rows[0][6:]] == [
+        str(quality.long_range),
+        str(quality.decoded),
+    ]
+    assert more.rows[0][6][1].endswith(f"; {quality.long_range_tokens} tokens")
+
+
+def test_records_of_earlier_versions_have_no_table_beyond_the_mean() -> None:
+    """What one record lacks is a dash beside what others have."""
+    old = without_more(make_record(0.8), "token_kl", "local_nll", "decoded_nll")
+    tables = [block for block in Report([old]).sections["results"].blocks if isinstance(block, Table)]
+    assert len(tables) == 2
+    half = without_more(make_record(0.7), "local_nll", "token_kl")
+    *_, more = (block for block in Report([old, half]).sections["results"].blocks if isinstance(block, Table))
+    assert [row[0] for row in more.rows] == ["0.7"]
+    assert more.rows[0][2:7] == ("-",) * 5
 
 
 def test_a_later_record_of_a_cell_replaces_the_earlier() -> None:

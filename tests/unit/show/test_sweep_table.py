@@ -13,7 +13,7 @@ from rich.console import Console
 from knormpress.compare.promises import judge_claims
 from knormpress.records.schema import Record
 from knormpress.show.sweep_table import WIDTH, cautions, print_tables
-from tests.record_factory import make_record, make_records
+from tests.record_factory import make_record, make_records, without_more
 
 ALL = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.05)
 
@@ -112,6 +112,37 @@ def test_a_machine_whose_speed_moved_is_told_of() -> None:
     moved = record.latency.model_copy(update={"calibration_s": (0.01, 0.012)})
     (told,) = cautions([record, record.model_copy(update={"latency": moved})])
     assert "20 %" in told
+
+
+def beyond_the_mean(*records: Record) -> list[str]:
+    """The rows of the table of that name, with single spaces."""
+    _, found, below = printed(records).partition("Beyond the mean")
+    lines = [" ".join(line.split()) for line in below.splitlines()]
+    return lines[4 : lines.index("", 4)] if found else []
+
+
+def test_what_the_mean_hides_has_a_table() -> None:
+    record = make_record(0.7)
+    quality = record.quality
+    assert quality.divergence is not None
+    assert quality.long_range is not None
+    assert quality.decoded is not None
+    row, intervals, *_ = beyond_the_mean(record)
+    divergence = " ".join(f"{nats:.3f}" for nats in quality.divergence)
+    assert row == f"0.7 {divergence} {quality.long_range} {quality.long_range_tokens} {quality.decoded}"
+    assert intervals == f"{quality.long_range.interval} {quality.decoded.interval}"
+
+
+def test_it_is_left_out_where_records_have_means_only() -> None:
+    """Of an earlier version; and what one record lacks is a dash beside what others have."""
+    old = without_more(make_record(0.8), "token_kl", "local_nll", "decoded_nll")
+    assert beyond_the_mean(old) == []
+    assert str(old.quality.ppl) in printed([old])
+    lacking = without_more(make_record(0.7), "token_kl", "local_nll"), without_more(make_record(0.6), "decoded_nll")
+    rows = beyond_the_mean(make_record(0.9), old, *lacking)
+    assert [row.split()[0] for row in rows[:6:2]] == ["0.9", "0.7", "0.6"]
+    assert rows[2] == f"0.7 - - - - - - {lacking[0].quality.decoded}"
+    assert rows[4].endswith(f"% {lacking[1].quality.long_range_tokens} -")
 
 
 def test_without_an_interval_there_is_none() -> None:
