@@ -296,7 +296,7 @@ class Quality(Strict):
     def divergence(self) -> Divergence | None:
         """Percentiles of the KL divergence from the full cache's predictions, which its mean hides.
 
-        llama.cpp's perplexity tool prints the same ones, among others.
+        llama.cpp's perplexity tool shows it in this way too.
         """
         if not all(document.token_kl for document in self.documents):
             return None
