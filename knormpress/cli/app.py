@@ -15,7 +15,7 @@ import typer
 from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
 from knormpress.cli.options import Fresh, Json, Output, number, taking
 from knormpress.errors import KnormError
-from knormpress.files import make_room, replacing
+from knormpress.files import make_room, writing
 from knormpress.measure.options import Candidates, Effort, Source
 
 __all__ = ["app", "main"]
@@ -227,7 +227,7 @@ def compare(
     for line in faults:
         typer.echo(fill(line), err=as_json)
     if markdown is not None:
-        with replacing(markdown) as temporary:
+        with writing(markdown) as temporary:
             temporary.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
         raise typer.Exit(1)
