@@ -151,7 +151,7 @@ def tune(
         fresh=fresh,
     )
     if as_json:
-        typer.echo(output.read_text(encoding="utf-8"), nl=False)
+        typer.echo(json.dumps(json.loads(output.read_text(encoding="utf-8"))))
         return
     print_plan(plan)
     use = f"KnormPress.from_plan({str(output)!r}, model)"
