@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,17 +10,17 @@ from pathlib import Path
 
 from knormpress.errors import KnormError
 
-__all__ = ["make_folder", "make_room", "replacing"]
+__all__ = ["make_folder", "make_room", "replacing", "writing"]
 
 
 def make_room(path: Path) -> None:
     """Make the folder of ``path``, so that a file can be written there later.
 
     Raises:
-        KnormError: there is a folder at ``path``, or its own folder can't be made or written to.
+        KnormError: ``path`` is a folder or a device, or its folder can't be made or written to.
     """
-    if path.is_dir():
-        raise KnormError(f"{path} is a folder; name a file to write to")
+    if not _is_replaceable(path):
+        raise KnormError(f"{path} is a {'folder' if path.is_dir() else 'device'}; name a file to write to")
     make_folder(path.parent)
 
 
@@ -42,11 +43,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to; it is renamed to ``path`` at the end.
 
     If the process is killed, ``path`` holds either the old file or the complete new one. After an error it holds the
-    old file, and the temporary file is removed.
+    old file, and the temporary file is removed. A symbolic link stays, and the file that it names is replaced.
 
     Raises:
-        OSError: ``path`` can't be written.
+        OSError: ``path`` can't be written, or is not a file: renaming would put a file in place of a device.
     """
+    if not _is_replaceable(path):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -54,3 +58,21 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # report the first error, not that there is no temporary file to remove
             temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """``replacing``, with errors in one line.
+
+    Raises:
+        KnormError: ``path`` can't be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise KnormError(f"{path} can't be written ({error.strerror}); use another file") from error
+
+
+def _is_replaceable(path: Path) -> bool:
+    return path.is_file() or not path.exists()

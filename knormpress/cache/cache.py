@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,9 @@ __all__ = ["KnormCache", "KnormLayer", "LayerStats", "Score"]
 
 
 logger = logging.getLogger(__name__)
+
+# The models that have been warned about, since every generate() may make a cache of its own.
+_beyond_positions: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class KnormCache(MaskedCache):
@@ -197,14 +201,14 @@ class KnormCache(MaskedCache):
             return
         rotation = getattr(self._config, "rope_parameters", None) or {}
         limit = int(limit * max(1.0, rotation.get("factor") or 1.0))
-        if self.log.seen + new <= limit or (rotation and self.hooks.positions_exceeded):
+        if self.log.seen + new <= limit or (rotation and self.model in _beyond_positions):
             return
         coming = [new] * batch if real is None else real.expand(batch, -1).sum(dim=1).tolist()
         seen = self.log.counts(batch, 0, self.log.seen)
         if max(map(sum, zip(seen, coming, strict=True))) <= limit:
             return
         if rotation:  # they go on beyond, as with any other cache
-            self.hooks.positions_exceeded = True
+            _beyond_positions.add(self.model)
             logger.warning("the model was made for %d positions; beyond them its answers get worse", limit)
         else:
             raise KnormError(
@@ -269,9 +273,11 @@ class KnormCache(MaskedCache):
         Raises:
             KnormError: a layer's state can't be saved (such as linear attention), or the file can't be written.
         """
-        if "<lambda>" in name_of(self.score):
+        # The address of an object (a partial, an instance) is another one in the next process.
+        if "<lambda>" in name_of(self.score) or " at 0x" in name_of(self.score):
             raise KnormError(
-                "a lambda has no name that a file could say, so the cache can't be saved; define a function"
+                f"the score {name_of(self.score)} has no name that the file could keep, so the cache can't be saved; "
+                "define the score as a function"
             )
         self._settle()
         tensors: dict[str, Tensor] = {}
@@ -383,7 +389,10 @@ class KnormCache(MaskedCache):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise KnormError("a KnormCache can't be pickled; use cache.save(path) and KnormCache.load(path, model)")
+        raise KnormError(
+            "a KnormCache can't be pickled, nor copied by copy.copy; use cache.save(path) and "
+            "KnormCache.load(path, model), or copy.deepcopy"
+        )
 
     def _settle(self) -> None:
         """Wait until offloading has moved its layers; only a forward pass does this by itself."""

@@ -62,7 +62,6 @@ class MaskHooks:
         self.model = weakref.ref(model)
         modules = [module for module in model.modules() if is_attention(module)]
         self.layers = {module.layer_idx for module in modules}
-        self.positions_exceeded = False
         self._modules = weakref.WeakSet(modules)
         self._hooks = [_Installed.on(module) for module in modules]
         attention.enable(self)

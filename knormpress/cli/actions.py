@@ -99,7 +99,7 @@ def judge_runs(
         KnormError: there is no such commit or no run, or pytest can't run the tests.
         Stopped: the user stopped the command.
     """
-    from knormpress.compare.commits import measure_in_turn, resolve_commit, uncommitted
+    from knormpress.compare.commits import measure_in_turn, resolve_commit, uncommitted, untracked
     from knormpress.compare.stored import judge_commits, judge_newest
     from knormpress.records.history import History
 
@@ -108,7 +108,10 @@ def judge_runs(
         return judge_newest(history, thresholds), list(history.notes), []
     changed = uncommitted()
     if changed is not None:
-        typer.echo("head is the working tree with its uncommitted changes, untracked files left out", err=True)
+        typer.echo("head is the working tree with its uncommitted changes", err=True)
+    left_out = untracked(storage)
+    if left_out:
+        typer.echo(f"untracked files are left out: {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}", err=True)
     commits = resolve_commit(base), changed or resolve_commit("HEAD")
     if commits[0] == commits[1]:
         raise KnormError(f"{base} and HEAD are the same commit, {commits[0][:12]}; name another commit")

@@ -16,7 +16,7 @@ import typer
 from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
 from knormpress.cli.options import Fresh, Json, Output, number, taking
 from knormpress.errors import KnormError
-from knormpress.files import make_room, replacing
+from knormpress.files import make_room, writing
 from knormpress.measure.options import Candidates, Effort, Source
 
 __all__ = ["app", "main"]
@@ -153,7 +153,7 @@ def tune(
         fresh=fresh,
     )
     if as_json:
-        typer.echo(output.read_text(encoding="utf-8"), nl=False)
+        typer.echo(json.dumps(json.loads(output.read_text(encoding="utf-8"))))
         return
     print_plan(plan)
     use = f"KnormPress.from_plan({str(output)!r}, model)"
@@ -229,7 +229,7 @@ def compare(
     for line in faults:
         typer.echo(fill(line), err=as_json)
     if markdown is not None:
-        with replacing(markdown) as temporary:
+        with writing(markdown) as temporary:
             temporary.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
         raise typer.Exit(1)

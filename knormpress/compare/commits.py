@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from knormpress.errors import KnormError
-from knormpress.records.git import git
+from knormpress.records.git import git, is_dirty
 
-__all__ = ["measure_in_turn", "resolve_commit", "uncommitted"]
+__all__ = ["measure_in_turn", "resolve_commit", "uncommitted", "untracked"]
 
 _PASSED, _TESTS_FAILED = 0, 1
 _STDERR = 2
@@ -35,8 +35,20 @@ def uncommitted() -> str | None:
     """A commit, on no branch, that holds the working tree with its uncommitted changes; None if there are none.
 
     Untracked files are not in it. Neither the tree nor the index is touched.
+
+    Raises:
+        KnormError: git can't make such a commit, as during a merge with conflicts, or after ``git add -N``.
     """
-    return git("stash", "create") or None
+    commit = git("stash", "create")
+    if not commit and is_dirty():
+        raise KnormError("git can't make a commit of the uncommitted changes (see git status); commit them first")
+    return commit or None
+
+
+def untracked(storage: Path) -> list[str]:
+    """The files that git neither tracks nor ignores, without those in the folder ``storage``."""
+    others = git("ls-files", "--others", "--exclude-standard", f"--exclude={storage.name}", "--full-name", ":/")
+    return (others or "").splitlines()
 
 
 def measure_in_turn(

@@ -28,9 +28,20 @@ def caches_of(method: Method, model: PreTrainedModel) -> Iterator[Callable[[], C
     """The context of ``method``, whose function is checked to make caches.
 
     Raises:
-        KnormError: what it makes is not a transformers cache, so the model would use one of its own.
+        KnormError: ``method`` gives no context with a function in it, or what the function makes is not a transformers
+            cache, so that the model would use one of its own.
     """
-    with method(model) as new_cache:
+    context: Any = method(model)
+    if not hasattr(context, "__enter__"):
+        raise KnormError(
+            f"{describe_method(method)} returned a {type(context).__name__} for the model; wanted a context manager"
+        )
+    with context as new_cache:
+        if not callable(new_cache):
+            raise KnormError(
+                f"{describe_method(method)} yields a {type(new_cache).__name__}; wanted a function that makes a fresh "
+                "transformers Cache"
+            )
 
         def checked() -> Cache:
             cache = new_cache()

@@ -49,9 +49,9 @@ class StoredRun:
                 "runs are stored in pytest-benchmark's storage, but that plugin is off; leave -p no:benchmark out"
             )
         # One process would store the half of a run that it was given, and miss the tests of the others.
-        if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+        if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
             raise KnormError(
-                "--knorm-save and --knorm-compare store the run of one process; leave -n out (pytest-xdist)"
+                "--knorm-save and --knorm-compare store the run of one process; leave -n and --dist out (pytest-xdist)"
             )
         kind, separator, place = str(config.getoption("benchmark_storage")).partition("://")
         # A test may change the current folder.

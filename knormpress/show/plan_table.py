@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from knormpress.records.plan import Plan
-from knormpress.show.console import make_console
+from knormpress.show.console import StackingTable, make_console
 from knormpress.show.sweep_table import WIDTH
 
 __all__ = ["print_plan"]
@@ -18,7 +17,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or make_console()
     width = min(WIDTH, console.width) if console.is_terminal else WIDTH
     held, press = plan.held_out, plan.press
-    table = Table(
+    table = StackingTable(
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,

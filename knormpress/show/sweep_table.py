@@ -16,7 +16,7 @@ from knormpress.compare.promises import Judgement, judge_claims, judge_targets, 
 from knormpress.compare.settings import group_records
 from knormpress.records.figures import Speed
 from knormpress.records.schema import Record
-from knormpress.show.console import make_console
+from knormpress.show.console import StackingTable, make_console
 from knormpress.stats.intervals import Change
 
 __all__ = ["WIDTH", "below_the_cache", "beyond_the_mean", "cautions", "print_tables", "render"]
@@ -91,7 +91,7 @@ def _retrieval(records: Sequence[Record]) -> list[str]:
 
 
 def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Table:
-    table = Table(
+    table = StackingTable(
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,

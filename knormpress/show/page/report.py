@@ -18,7 +18,7 @@ from matplotlib import style as matplotlib_style
 from knormpress.compare.settings import group_records
 from knormpress.compare.verdicts import THRESHOLDS
 from knormpress.errors import KnormError
-from knormpress.files import make_room, replacing
+from knormpress.files import make_room, writing
 from knormpress.progress import Progress, ticking
 from knormpress.records.checks import sound
 from knormpress.records.history import History
@@ -65,16 +65,9 @@ def write_report(
     texts = {page: render_page(sections, progress)}
     if markdown is not None:
         texts[markdown] = render_markdown([section for section in sections if section.identifier in _IN_SUMMARY])
-    try:
-        _write_together(texts)
-    except OSError as error:
-        raise KnormError(f"{error.filename} can't be written ({error.strerror}); use another file") from error
-
-
-def _write_together(texts: Mapping[Path, str]) -> None:
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # all of them or none
         for path, text in texts.items():
-            stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")
+            stack.enter_context(writing(path)).write_text(text, encoding="utf-8")
 
 
 def build_sections(

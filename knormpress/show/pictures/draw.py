@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from knormpress.compare.settings import differences, group_records, newest, setting
 from knormpress.errors import KnormError
-from knormpress.files import make_folder, replacing
+from knormpress.files import make_folder, writing
 from knormpress.records.plan import Plan
 from knormpress.records.schema import Record
 from knormpress.show.pictures.comprehensive import draw_comprehensive
@@ -167,6 +167,6 @@ def _refuse(mixed: dict[str, list[object]]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -130,4 +131,11 @@ def test_what_cant_be_saved_or_written_leaves_nothing(tmp_path):
         KnormCache(model, PRESS).save(tmp_path / "c.safetensors")
     with pytest.raises(KnormError, match=r"can't be written to .*no"):
         KnormCache(tiny_model(), PRESS).save(tmp_path / "no" / "c.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("score", [lambda held: -key_norms(held), functools.partial(own_score)])
+def test_a_score_without_a_lasting_name_cant_be_saved(score, tmp_path):
+    with pytest.raises(KnormError, match="define the score as a function"):
+        KnormCache(tiny_model(), PRESS, score).save(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,17 @@ def no_cache(press):
     def method(model):
         yield lambda: None
     return method
+
+
+def no_function(press):
+    @contextmanager
+    def method(model):
+        yield DynamicCache(config=model.config)
+    return method
+
+
+def no_context(press):
+    return lambda model: DynamicCache(config=model.config)
 """
 
 BOTH = """
@@ -61,8 +72,23 @@ def test_what_is_no_cache_is_refused(run: Run) -> None:
     result.stdout.fnmatch_lines(["*made a NoneType; wanted a fresh transformers Cache"])
 
 
+@pytest.mark.usefixtures("methods")
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("no_function", "yields a DynamicCache; wanted a function*"), ("no_context", "a DynamicCache*a context manager*")],
+)
+def test_a_method_of_the_wrong_form_is_told_the_right_one(run: Run, method: str, said: str) -> None:
+    result = run(BOTH, method=f"hostile_methods:{method}", keep_ratios="1.0")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines([f"*KnormError: hostile_methods.{method}*{said}"])
+
+
 def test_half_a_run_is_not_stored(run: Run) -> None:
     refused(run(ONE, "--knorm-save", "-n", "2"), "--knorm-save", "-n")
+
+
+def test_half_a_run_is_not_stored_however_the_workers_are_named(run: Run) -> None:
+    refused(run(ONE, "--knorm-save", "-d", "--tx", "2*popen"), "--knorm-save", "-n")
 
 
 def test_nothing_is_stored_without_pytest_benchmark(run: Run) -> None:

@@ -50,3 +50,13 @@ def test_a_large_plan_fits_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     assert text.count("0.123") >= 80
+
+
+def test_on_a_narrow_terminal_rows_are_stacked() -> None:
+    file = io.StringIO()
+    plan = make_plan()
+    print_plan(plan, Console(file=file, width=40, force_terminal=True, color_system=None))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in file.getvalue()
+    lines = [" ".join(line.split()) for line in file.getvalue().splitlines()]
+    assert lines.count("plan or method tuned (the plan)") == 1
+    assert f"PPL change {plan.frontier[0].change}" in lines

@@ -32,6 +32,23 @@ def test_it_fits_80_columns_and_nothing_is_cut_short(width: int, ratios: tuple[f
     assert "\N{HORIZONTAL ELLIPSIS}" not in plain
 
 
+def test_on_a_narrow_terminal_rows_are_stacked_and_nothing_is_cut_short() -> None:
+    records = make_records((0.9, 0.05), ttft_cold_s=1.7, prompt_tokens=131_072)
+    text = printed(records, width=40, force_terminal=True, color_system=None)
+    assert max(map(len, text.splitlines())) <= 40
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for record in records:
+        for name in ("ttft", "throughput", "tpot"):
+            change = getattr(record.latency, name)
+            at = lines.index(f"{name.upper() if name != 'throughput' else name} change {change}")
+            assert lines[at + 1] == change.interval
+    ttft = records[0].latency.ttft
+    at = lines.index("target TTFT")
+    parts = ["keep ratio 0.9", "wanted <= -80 %", f"measured {ttft}", f"95 % interval {ttft.interval}"]
+    assert lines[at + 1 : at + 6] == [*parts, "verdict not met"]
+
+
 def test_piped_it_has_no_colour_codes_and_80_columns_whatever_the_terminal_is() -> None:
     text = printed(make_records(ALL), width=200)
     assert "\x1b" not in text
