@@ -236,18 +236,18 @@ def _check_positions(bench: Bench, made: Sequence[Haystack]) -> None:
 
 
 class _Prose:
-    """The documents of one set: every other part of the text."""
+    """The documents of one set: parts of its half of the text, whatever the number of parts."""
 
     def __init__(self, bench: Bench, which: Which, count: int, longest: int) -> None:
-        parts = 2 * count
-        size = len(bench.ids) // parts
+        half = len(bench.ids) // 2
+        size = half // count
         if size < longest:
             raise KnormError(
                 f"the text has {len(bench.ids):,} tokens, but {count} texts of {longest:,} tokens for each of two sets "
-                f"need {parts * longest:,}; use a longer text, fewer texts or shorter ones"
+                f"need {2 * count * longest:,}; use a longer text, fewer texts or shorter ones"
             )
-        first = int(which == "held-out")
-        self._parts = [bench.ids[part * size : (part + 1) * size].tolist() for part in range(first, parts, 2)]
+        first = half if which == "held-out" else 0
+        self._parts = [bench.ids[start : start + size].tolist() for start in range(first, first + count * size, size)]
 
     def part(self, number: int, length: int) -> list[int]:
         """The first ``length`` tokens of document ``number``."""
