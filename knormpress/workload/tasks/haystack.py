@@ -52,6 +52,9 @@ TASKS = {
 # How full a text of lines may be: lines differ in length, and it must not be longer than was asked for.
 _SHARES = (0.95, 0.85, 0.75, 0.6, 0.45)
 
+# How far from its depth a needle may be for the sake of whole sentences, as a share of the text.
+_NEAR = 0.05
+
 DEFAULT_TASKS = ("multikey-prose", "list", "json", "passkey")
 """What is asked unless tasks are named."""
 
@@ -167,12 +170,18 @@ def _fitting(room: float, encode: Callable[[str], list[int]]) -> Callable[[str],
 
 
 def _hidden(body: list[int], needles: Sequence[tuple[float, list[int]]], tokenizer: Any) -> list[int]:
-    """``body`` with each needle after the end of a sentence, the nearest one to its depth."""
-    ends = {token for token in set(body) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))}
-    breaks = [place + 1 for place, token in enumerate(body) if token in ends] or list(range(len(body) + 1))
+    """``body`` with each needle at its depth: after the nearest end of a sentence or, if none is near, of a line."""
+    written = {token: tokenizer.decode([token]) for token in set(body)}
+    ends = (
+        {token for token, text in written.items() if text.rstrip().endswith((".", "!", "?"))},
+        {token for token, text in written.items() if text.endswith("\n")},
+    )
+    breaks = [[place + 1 for place, token in enumerate(body) if token in kind] for kind in ends]
     ids, done = [], 0
     for depth, needle in needles:
-        place = min(breaks, key=lambda place: abs(place - depth * len(body))) if body else 0
+        wanted = round(depth * len(body))
+        nearest = (min(places, key=lambda place: abs(place - wanted)) for places in breaks if places)
+        place = next((place for place in nearest if abs(place - wanted) <= _NEAR * len(body)), wanted)
         place = max(place, done)
         ids += body[done:place] + needle
         done = place
