@@ -153,7 +153,7 @@ def _make(bench: Bench, task: Task, draws: Callable[[], Draw], length: int, pros
         if left >= 0:
             break
     else:
-        raise KnormError(f"{length} tokens are too few for {task.name}; wanted longer texts")
+        raise KnormError(f"{length} tokens are too few for {task.name}; use longer texts")
     body: list[int] = []
     if task.body == "prose" and prose is not None:
         body = prose.part(draw.number, left)
@@ -166,7 +166,7 @@ def _make(bench: Bench, task: Task, draws: Callable[[], Draw], length: int, pros
 
 
 def _fitting(room: float, encode: Callable[[str], list[int]]) -> Callable[[str], int]:
-    return lambda line: max(8, int(room / len(encode(line))))
+    return lambda line: max(4, int(room / len(encode(line))))
 
 
 def _hidden(body: list[int], needles: Sequence[tuple[float, list[int]]], tokenizer: Any) -> list[int]:
