@@ -12,6 +12,8 @@ from knormpress.workload.tasks.draw import Draw
 __all__ = ["common_word", "frequent_words", "variables"]
 
 _HOPS = 4
+# Fewer words don't tell the third most frequent one from the fourth.
+_LEAST_WORDS = 22
 
 
 def variables(draw: Draw, _: Fits) -> Draft:
@@ -47,7 +49,7 @@ def common_word(draw: Draw, fits: Fits) -> Draft:
 def frequent_words(draw: Draw, fits: Fits) -> Draft:
     """Words without a meaning, where the n-th comes 1 / n^2 as often as the first; the first three are asked for."""
     codes = draw.codes(20)
-    count = fits(f" {codes[0]}")
+    count = max(_LEAST_WORDS, fits(f" {codes[0]}"))
     weights = [1 / rank**2 for rank in range(1, len(codes) + 1)]
     times = [max(1, round(count * weight / sum(weights))) for weight in weights]
     rows = draw.shuffled([code for code, often in zip(codes, times, strict=True) for _ in range(often)])

@@ -116,11 +116,11 @@ class Draw:
     def depths(self, count: int) -> list[float]:
         """Ascending depths as shares of the text, one in each of ``count`` equal parts.
 
-        The first of several lies in the first tenth, and so does that of every fourth text with one: a method that
-        keeps the newest nine tokens of ten must lose something.
+        The first of several lies in the first tenth, and so does that of one in four texts with one, each time at
+        another of four lengths: a method that keeps the newest nine tokens of ten must lose something.
         """
         parts = [(part * _STEPS // count, (part + 1) * _STEPS // count) for part in range(count)]
-        if count > 1 or self.number % 4 == 0:
+        if count > 1 or (self.number + self.number // 4) % 4 == 0:
             parts[0] = (1, 1 + _SHALLOW)
         odd = self.which == "calibration"
         return [(2 * self._random.randrange(max(1, low), high - (high == _STEPS)) + odd) / 100 for low, high in parts]

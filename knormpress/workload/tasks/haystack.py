@@ -52,6 +52,9 @@ TASKS = {
 # How full a text of lines may be: lines differ in length, and it must not be longer than was asked for.
 _SHARES = (0.95, 0.85, 0.75, 0.6, 0.45)
 
+# How far from its depth a needle may be for the sake of whole sentences, as a share of the text.
+_NEAR = 0.05
+
 DEFAULT_TASKS = ("multikey-prose", "list", "json", "passkey")
 """What is asked unless tasks are named."""
 
@@ -150,7 +153,7 @@ def _make(bench: Bench, task: Task, draws: Callable[[], Draw], length: int, pros
         if left >= 0:
             break
     else:
-        raise KnormError(f"{length} tokens are too few for {task.name}; wanted longer texts")
+        raise KnormError(f"{length} tokens are too few for {task.name}; use longer texts")
     body: list[int] = []
     if task.body == "prose" and prose is not None:
         body = prose.part(draw.number, left)
@@ -163,16 +166,22 @@ def _make(bench: Bench, task: Task, draws: Callable[[], Draw], length: int, pros
 
 
 def _fitting(room: float, encode: Callable[[str], list[int]]) -> Callable[[str], int]:
-    return lambda line: max(8, int(room / len(encode(line))))
+    return lambda line: max(4, int(room / len(encode(line))))
 
 
 def _hidden(body: list[int], needles: Sequence[tuple[float, list[int]]], tokenizer: Any) -> list[int]:
-    """``body`` with each needle after the end of a sentence, the nearest one to its depth."""
-    ends = {token for token in set(body) if tokenizer.decode([token]).rstrip().endswith((".", "!", "?"))}
-    breaks = [place + 1 for place, token in enumerate(body) if token in ends] or list(range(len(body) + 1))
+    """``body`` with each needle at its depth: after the nearest end of a sentence or, if none is near, of a line."""
+    written = {token: tokenizer.decode([token]) for token in set(body)}
+    ends = (
+        {token for token, text in written.items() if text.rstrip().endswith((".", "!", "?"))},
+        {token for token, text in written.items() if text.endswith("\n")},
+    )
+    breaks = [[place + 1 for place, token in enumerate(body) if token in kind] for kind in ends]
     ids, done = [], 0
     for depth, needle in needles:
-        place = min(breaks, key=lambda place: abs(place - depth * len(body))) if body else 0
+        wanted = round(depth * len(body))
+        nearest = (min(places, key=lambda place: abs(place - wanted)) for places in breaks if places)
+        place = next((place for place in nearest if abs(place - wanted) <= _NEAR * len(body)), wanted)
         place = max(place, done)
         ids += body[done:place] + needle
         done = place
@@ -236,18 +245,18 @@ def _check_positions(bench: Bench, made: Sequence[Haystack]) -> None:
 
 
 class _Prose:
-    """The documents of one set: every other part of the text."""
+    """The documents of one set: parts of its half of the text, whatever the number of parts."""
 
     def __init__(self, bench: Bench, which: Which, count: int, longest: int) -> None:
-        parts = 2 * count
-        size = len(bench.ids) // parts
+        half = len(bench.ids) // 2
+        size = half // count
         if size < longest:
             raise KnormError(
                 f"the text has {len(bench.ids):,} tokens, but {count} texts of {longest:,} tokens for each of two sets "
-                f"need {parts * longest:,}; use a longer text, fewer texts or shorter ones"
+                f"need {2 * count * longest:,}; use a longer text, fewer texts or shorter ones"
             )
-        first = int(which == "held-out")
-        self._parts = [bench.ids[part * size : (part + 1) * size].tolist() for part in range(first, parts, 2)]
+        first = half if which == "held-out" else 0
+        self._parts = [bench.ids[start : start + size].tolist() for start in range(first, first + count * size, size)]
 
     def part(self, number: int, length: int) -> list[int]:
         """The first ``length`` tokens of document ``number``."""

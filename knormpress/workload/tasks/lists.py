@@ -39,7 +39,8 @@ def lines_of_needles(draw: Draw, fits: Fits) -> Draft:
     form = draw.pick("The phone code for {} is {}.\n", "The locker number of {} is {}.\n")
     count = fits(form.format("quarter yellow", "48213"))
     keys = [f"{first} {second}" for first in draw.words(24) for second in draw.names(24)]
-    return _lines(draw, form, draw.shuffled(keys)[:count], draw.numbers(count))
+    chosen = draw.shuffled(keys)[:count]
+    return _lines(draw, form, chosen, draw.numbers(len(chosen)))
 
 
 def lines_of_uuids(draw: Draw, fits: Fits) -> Draft:

@@ -52,9 +52,16 @@ def multi_value(draw: Draw, _: Fits) -> Draft:
 def passkey(draw: Draw, _: Fits) -> Draft:
     """A number in idle sentences, told twice (Mohtashami and Jaggi, arXiv 2305.16300)."""
     (key,), (depth,) = draw.numbers(1), draw.depths(1)
-    head = "Somewhere in this long and idle text stands a number that matters. Find it and keep it in mind.\n"
-    needle = f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-    asked = Asked("pass key", "\nWhat is the pass key? The pass key is", f" {key}", depth=depth)
+    head = draw.pick(
+        "One number is hidden in the idle sentences of this text. Look for it, for you will be asked to tell it.\n",
+        "Somewhere in this long and idle text stands a number that matters. Find it and keep it in mind.\n",
+    )
+    needle = draw.pick(
+        f"\nThe secret number is {key}. Don't forget it. {key} is the secret number.\n",
+        f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n",
+    )
+    question = draw.pick("\nTell the secret number. The secret number is", "\nWhat is the pass key? The pass key is")
+    asked = Asked("pass key", question, f" {key}", depth=depth)
     return Draft((asked,), ((depth, needle),), head)
 
 
