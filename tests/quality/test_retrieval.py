@@ -35,20 +35,18 @@ def test_the_plan_finds_what_the_full_cache_finds(found, knorm_retrieval_gate):
     knorm_retrieval_gate(found["plan"], controls=controls(found, "plan"))
 
 
-def test_what_keep_half_loses_is_seen(found, pytestconfig):
+def test_what_keep_half_loses_is_seen(found):
     """In idle sentences it finds 38 of 40 numbers, and its perplexity does not show what it loses."""
     others = {name: result.retrieval for name, result in controls(found, "keep 0.5").items()}
-    outcome = judge_retrieval(found["keep 0.5"].retrieval, others, 0.5)
+    outcome = judge_retrieval(found["keep 0.5"].retrieval, others, 0.9)
     assert outcome.decision == "fail", f"the gate is broken: {outcome.text}"
-
-
-@pytest.mark.parametrize("name", ["plan", "keep 0.5"])
-def test_control_what_must_find_less_fails_each_task_that_gates(found, name):
-    others = {control: result.retrieval for control, result in controls(found, name).items()}
-    outcome = judge_retrieval(found[name].retrieval, others, 0.9)
     assert {"multikey-prose", "json"} <= set(outcome.gating), f"the gate is broken: {outcome.text}"
-    for control, retrieval in others.items():
-        assert judge_retrieval(retrieval, {}, 0.9).decision == "fail", f"the gate is broken: {control} passes"
+
+
+def test_control_what_must_find_less_fails(found):
+    for name, result in controls(found, "keep 0.5").items():
+        outcome = judge_retrieval(result.retrieval, {}, 0.9)
+        assert outcome.decision == "fail", f"the gate is broken: {name} passes: {outcome.text}"
 
 
 def test_the_table_of_what_is_found(plan, knorm_retrieval, retrieval_table):

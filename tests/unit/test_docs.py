@@ -24,6 +24,7 @@ import knormpress.measure.latency
 import knormpress.workload.corpora
 import knormpress.workload.models
 import tests.perf.conftest
+import tests.quality.conftest
 from knormpress import KnormPress
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.cli.app import app, main
@@ -141,10 +142,11 @@ def check_command(words: list[str], parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module")
 def parser() -> pytest.Parser:
-    """pytest's own, with the options of the installed plugins and of the perf tests."""
+    """pytest's own, with the options of the installed plugins, and of the perf and quality tests."""
     config = get_config()
     config.pluginmanager.load_setuptools_entrypoints("pytest11")
     config.pluginmanager.register(tests.perf.conftest)
+    config.pluginmanager.register(tests.quality.conftest)
     return config._parser
 
 
