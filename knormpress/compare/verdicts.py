@@ -124,8 +124,7 @@ def read_thresholds(text: str, others: Mapping[str, float] = THRESHOLDS) -> dict
         except ValueError:
             value = -1.0
         if name not in THRESHOLDS or not 0 <= value < float("inf"):
-            names = ", ".join(THRESHOLDS)
-            raise KnormError(f"threshold {part!r} can't be read; wanted NAME=PERCENT, where NAME is one of {names}")
+            raise KnormError(f"got threshold {part!r}; wanted NAME=PERCENT with a name of {', '.join(THRESHOLDS)}")
         thresholds[name] = value
     return thresholds
 
