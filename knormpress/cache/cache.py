@@ -404,7 +404,7 @@ def _check_sliding_crop(layer: DynamicSlidingWindowLayer, removed: int) -> None:
     """Check that a sliding-window layer can remove its newest ``removed`` tokens."""
     if layer.get_seq_length() >= layer.sliding_window:
         raise KnormError(
-            f"a sliding-window layer can't take back {removed} tokens; "
+            f"a sliding-window layer can't remove its newest {removed} tokens; "
             "call activate_past_recording() before the forward pass"
         )
 

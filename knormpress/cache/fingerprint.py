@@ -49,4 +49,4 @@ def _loaded(model: PreTrainedModel, name: str) -> Tensor:
         if getattr(each, "weights_map", None) is not None:
             weight: Tensor = each.weights_map[own]
             return weight
-    raise KnormError(f"the weight {name} is not loaded, so the model can't be told from others; load it first")
+    raise KnormError(f"the weight {name} is not loaded, so the model has no fingerprint; load it first")

@@ -216,7 +216,8 @@ class KnormLayer(CacheLayerMixin):
         """
         if self.seen - removed < self.pruned_at:
             raise KnormError(
-                f"layer {self.index} can't take back {removed} tokens: it pruned at {self.pruned_at} of {self.seen}; "
+                f"layer {self.index} can't remove the newest {removed} of {self.seen} tokens, as it was pruned after "
+                f"{self.pruned_at}; "
                 "call activate_past_recording() before the forward pass"
             )
 

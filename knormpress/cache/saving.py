@@ -46,7 +46,7 @@ def read_state(path: Path, model: PreTrainedModel) -> tuple[dict[str, Tensor], d
         KnormError: the file is missing, is not a complete saved cache, or is for another model or format version.
     """
     if not path.is_file():
-        raise KnormError(f"{path} is not there; wanted a file written by KnormCache.save")
+        raise KnormError(f"{path} does not exist; wanted a file written by KnormCache.save")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}

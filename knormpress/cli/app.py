@@ -194,7 +194,8 @@ def plot(
 @app.command()
 def compare(
     base: Annotated[
-        str | None, typer.Argument(help="A commit to measure now, in turn with HEAD; stored runs unless given.")
+        str | None,
+        typer.Argument(help="A commit to measure now, in turn with the working tree; stored runs unless given."),
     ] = None,
     *,
     tests: Annotated[str, typer.Option(help="With BASE: the arguments for pytest.")] = "tests/perf tests/quality",
@@ -206,7 +207,8 @@ def compare(
     """Compare every figure with its reference run; exit with status 1 if one regressed.
 
     Without BASE: the newest stored run is compared with the nearest ancestor commit that has data.
-    With BASE: BASE and HEAD are checked out beside each other, and measured in the order base, head, head, base.
+    With BASE: BASE and the working tree (head) are measured in the order base, head, head, base, each in a folder of
+    its own. Uncommitted changes count, untracked files do not.
 
     \b
     Examples:

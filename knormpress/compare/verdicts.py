@@ -124,7 +124,8 @@ def read_thresholds(text: str, others: Mapping[str, float] = THRESHOLDS) -> dict
         except ValueError:
             value = -1.0
         if name not in THRESHOLDS or not 0 <= value < float("inf"):
-            raise KnormError(f"got threshold {part!r}; wanted NAME=PERCENT with a name of {', '.join(THRESHOLDS)}")
+            names = ", ".join(THRESHOLDS)
+            raise KnormError(f"threshold {part!r} can't be read; wanted NAME=PERCENT, where NAME is one of {names}")
         thresholds[name] = value
     return thresholds
 

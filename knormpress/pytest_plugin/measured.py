@@ -200,4 +200,4 @@ class Measured:
 
     def _check_first(self, kind: str) -> None:
         if kind in self._results:
-            raise KnormError(f"{self.test} measures its {kind} twice; wanted once: parametrize the test")
+            raise KnormError(f"{self.test} measures {kind} twice; wanted once: split or parametrize the test")

@@ -242,7 +242,7 @@ class _Search:
             )
         if not finished_round:
             self.progress.say(
-                "the time ended before every step was done once: run again to continue, or use more --minutes"
+                "the time ran out before every step was done once; run again to continue, or use more --minutes"
             )
 
     def curves(self, weight: float) -> list[Curve]:

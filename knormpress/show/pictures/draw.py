@@ -80,7 +80,7 @@ def draw_plan(plan: Plan, folder: Path) -> list[Path]:
         if plan.kept and plan.kept.tokens:
             pictures["knormpress_kept.png"] = draw_kept(plan, plan.kept)
         if not pictures:
-            raise KnormError("the plan holds nothing that was measured, so nothing to draw; tune it: knormpress tune")
+            raise KnormError("the plan has no measurements to draw; make it again: knormpress tune")
         make_folder(folder)
         return [_save(picture, folder / name) for name, picture in pictures.items()]
 

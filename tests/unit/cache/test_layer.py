@@ -31,7 +31,8 @@ def test_crop_takes_back_what_was_not_pruned_yet():
 
 
 @pytest.mark.parametrize(
-    ("crop", "told"), [(-1, r"1 tokens: .* 24 of 24"), (-2, r"2 tokens: .* 24 of 24"), (1, "got 1;"), (3, "got 3;")]
+    ("crop", "told"),
+    [(-1, r"newest 1 of 24 .* after 24"), (-2, r"newest 2 of 24 .* after 24"), (1, "got 1;"), (3, "got 3;")],
 )
 def test_a_refused_crop_changes_nothing(crop, told):
     model = tiny_model()

@@ -92,7 +92,7 @@ def test_another_format_and_a_missing_file_are_refused(saved):
     save_file(load_file(saved), saved, {"format": "knormpress-cache-0", "model": "", "state": "{}"})
     with pytest.raises(KnormError, match=f"'knormpress-cache-0'.*'{FORMAT}'"):
         KnormCache.load(saved, tiny_model())
-    with pytest.raises(KnormError, match=r"none\.safetensors is not there"):
+    with pytest.raises(KnormError, match=r"none\.safetensors does not exist"):
         KnormCache.load(saved.with_name("none.safetensors"), tiny_model())
 
 

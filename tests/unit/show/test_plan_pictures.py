@@ -230,7 +230,7 @@ def test_what_a_plan_lacks_has_no_picture(
 
 
 def test_a_plan_with_nothing_to_draw_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(KnormError, match="nothing that was measured"):
+    with pytest.raises(KnormError, match="no measurements to draw"):
         draw_plan(make_plan(frontier=(), sensitivities=None, kept=None), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
