@@ -179,9 +179,9 @@ def _hidden(body: list[int], needles: Sequence[tuple[float, list[int]]], tokeniz
     breaks = [[place + 1 for place, token in enumerate(body) if token in kind] for kind in ends]
     ids, done = [], 0
     for depth, needle in needles:
-        wanted = round(depth * len(body))
+        wanted = depth * len(body)
         nearest = (min(places, key=lambda place: abs(place - wanted)) for places in breaks if places)
-        place = next((place for place in nearest if abs(place - wanted) <= _NEAR * len(body)), wanted)
+        place = next((place for place in nearest if abs(place - wanted) <= _NEAR * len(body)), round(wanted))
         place = max(place, done)
         ids += body[done:place] + needle
         done = place
