@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
-from knormpress.cli.options import Fresh, Json, Output, number, taking
+from knormpress.cli.options import Fresh, Json, Output, Quick, number, taking
 from knormpress.errors import KnormError
 from knormpress.files import make_room, writing
 from knormpress.measure.options import Candidates, Effort, Source
@@ -52,7 +52,13 @@ _STOPPED = 130
 @app.command()
 @taking(source=Source, effort=Effort)
 def baseline(
-    *, source: Source, effort: Effort, output: Output = _RESULTS, fresh: Fresh = False, as_json: Json = False
+    *,
+    source: Source,
+    effort: Effort,
+    quick: Quick = False,
+    output: Output = _RESULTS,
+    fresh: Fresh = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the full cache alone.
 
@@ -67,6 +73,7 @@ def baseline(
     from knormpress.show.full_cache import describe_full_cache
 
     full = Candidates(keep_ratios=(1.0,), method="full")
+    effort = effort.quick() if quick else effort
     effort = replace(effort, tasks=effort.tasks or ())  # what the full cache finds is all that it could lose
     for record in measure_cells(full, effort, source, output / _BASELINE_FILE, fresh=fresh):
         if as_json:
@@ -84,6 +91,7 @@ def sweep(
     candidates: Candidates,
     source: Source,
     effort: Effort,
+    quick: Quick = False,
     output: Output = _RESULTS,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -104,7 +112,7 @@ def sweep(
     from knormpress.show.sweep_table import print_tables
 
     path = output / _SWEEP_FILE
-    records = measure_cells(candidates, effort, source, path, fresh=fresh)
+    records = measure_cells(candidates, effort.quick() if quick else effort, source, path, fresh=fresh)
     if as_json:
         for record in records:
             typer.echo(record.model_dump_json())

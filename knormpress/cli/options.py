@@ -13,10 +13,13 @@ import typer
 from knormpress.errors import KnormError
 from knormpress.measure.options import Option, options_of, read_option
 
-__all__ = ["Fresh", "Json", "Output", "number", "taking"]
+__all__ = ["Fresh", "Json", "Output", "Quick", "number", "taking"]
 
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything again; the earlier results are renamed.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Few repetitions: shows that everything runs, but decides little.")
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print the results as JSON, one object on each line (JSON Lines), and nothing else."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -221,6 +221,11 @@ class Effort:
         for name, number in (("precision", self.precision), ("seconds", self.seconds)):
             if math.isnan(number) or number < 0:
                 raise KnormError(f"{name} is {number}; wanted a number of at least 0")
+
+    def quick(self) -> Effort:
+        """At most two pairs of runs for each cell, two documents, and one text for each task."""
+        rounds, samples = min(self.rounds, 2), min(self.samples, 2)
+        return replace(self, rounds=rounds, seconds=0.0, samples=samples, texts=1)
 
 
 @dataclass(frozen=True)

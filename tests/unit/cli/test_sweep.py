@@ -51,6 +51,13 @@ def test_a_sweep_goes_on_from_its_file_unless_told_otherwise(
     assert keep_ratios(tmp_path / "results.1.jsonl") == [1.0, 0.5, 0.25]
 
 
+def test_a_quick_sweep_has_few_pairs_and_texts(swept: Swept, tmp_path: Path) -> None:
+    command = [*swept.command, "--rounds", "9", "--seconds", "60", "--keep_ratios", "0.5", "--output", str(tmp_path)]
+    assert main([*command, "--quick"]) == 0
+    (record,) = read_records(tmp_path / "results.jsonl")
+    assert (record.latency.pairs, record.conditions.rounds, record.conditions.texts) == (2, 2, 1)
+
+
 def test_earlier_results_stay_whole_when_a_later_cell_fails(swept: Swept, tmp_path: Path, fails: Fails) -> None:
     """Of 48 tokens the ratio 0.999 keeps all."""
     fails(*swept.copied(tmp_path), "--keep_ratios", "0.5,0.999")

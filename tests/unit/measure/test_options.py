@@ -36,6 +36,12 @@ def test_the_defaults() -> None:
     assert (Candidates().method, Candidates().plan) == ("knorm", None)
 
 
+def test_quick_is_never_more_than_was_asked_for() -> None:
+    quick = Effort().quick()
+    assert (quick.rounds, quick.seconds, quick.samples, quick.texts) == (2, 0.0, 2, 1)
+    assert Effort(rounds=1, samples=1).quick() == Effort(rounds=1, samples=1, texts=1, seconds=0.0)
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_makes_its_field_and_shows_its_default(group: type) -> None:
     """The text that the help shows for a default stands for that default."""
