@@ -42,7 +42,7 @@ def retrieval_table(pytestconfig: pytest.Config) -> Callable[[Mapping[str, Retri
     def write(found: Mapping[str, Retrieval]) -> None:
         first = next(iter(found.values()))
         tasks = [f"{task} ({first.of(task).share.known}/{asked})" for task, asked in first.asked.items()]
-        rows = [["", *tasks, "all", "rise of the NLL"], ["---"] * (len(tasks) + 3)]
+        rows = [["policy", *tasks, "all", "rise of the NLL"], ["---"] * (len(tasks) + 3)]
         for name, retrieval in found.items():
             shares = [retrieval.of(task).share for task in first.asked]
             cells = [f"{share.found} ({share.ends})" for share in shares]
