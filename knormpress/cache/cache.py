@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -310,8 +311,14 @@ class KnormCache(MaskedCache):
             score: the score of the saved cache, if it was not the L2 norm of the keys.
 
         Raises:
-            KnormError: the file is missing or incomplete, or is for another model, format version or score.
+            KnormError: the file is missing or incomplete, or is for another model, format version or score; or the
+                arguments are in another order.
         """
+        if not isinstance(path, str | os.PathLike) or not isinstance(model, nn.Module):
+            raise KnormError(
+                f"KnormCache.load got {_short(path)} as the path and {_short(model)} as the model; wanted a path and a "
+                "loaded model: load(path, model)"
+            )
         tensors, state = read_state(Path(path), model)
         if not is_score(state["score"], score):
             raise KnormError(f"{path} holds a cache pruned by {state['score']}; load it with that score")
@@ -416,4 +423,4 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor],
 
 
 def _short(value: object) -> str:
-    return repr(value) if isinstance(value, str) else type(value).__name__
+    return repr(value) if isinstance(value, str | os.PathLike) else type(value).__name__

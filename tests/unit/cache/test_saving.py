@@ -87,6 +87,16 @@ def test_a_file_cut_short_is_refused(saved, size):
         KnormCache.load(saved, tiny_model())
 
 
+def test_arguments_in_another_order_are_told_the_right_one(saved):
+    for path, model, got in (
+        (tiny_model(), str(saved), r"got LlamaForCausalLM .* and '.*c\.safetensors'"),
+        (tiny_model(), saved, r"got LlamaForCausalLM .* and \w*Path\('.*c\.safetensors'\)"),
+        (saved, "gpt2", "'gpt2' as the model"),
+    ):
+        with pytest.raises(KnormError, match=rf"^KnormCache\.load .*{got}.*load\(path, model\)$"):
+            KnormCache.load(path, model)
+
+
 def test_another_format_and_a_missing_file_are_refused(saved):
     assert metadata(saved)["format"] == FORMAT
     save_file(load_file(saved), saved, {"format": "knormpress-cache-0", "model": "", "state": "{}"})
