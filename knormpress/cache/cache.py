@@ -301,6 +301,9 @@ class KnormCache(MaskedCache):
     def load(cls, path: str | Path, model: PreTrainedModel, score: Score = key_norms) -> KnormCache:
         """Load the cache that ``save`` wrote, ready for the next question.
 
+        The file knows the policy, but not the object that it came from: ``press`` of the loaded cache is a ``Policy``
+        that equals the press given before. ``KnormPress.of(cache.press)`` can be called with a model again.
+
         Args:
             path: the file.
             model: the model that filled the cache, in the same dtype.

@@ -181,3 +181,10 @@ def test_another_score_of_the_same_name_is_not_taken_for_the_saved_one(named, ot
     assert name_of(named) == name_of(other)
     with pytest.raises(KnormError, match="define the score as a function"):
         KnormCache.load(saved, tiny_model(), score=other)
+
+
+def test_the_press_of_a_loaded_cache_makes_caches_again(saved):
+    press = KnormPress.of(KnormCache.load(saved, tiny_model()).press)
+    assert press == PRESS
+    with press(tiny_model()) as new_cache:
+        assert new_cache().press is press
