@@ -10,18 +10,30 @@ from pathlib import Path
 
 from knormpress.errors import KnormError
 
-__all__ = ["make_folder", "make_room", "replacing", "writing"]
+__all__ = ["make_folder", "replacing", "room_for", "writing"]
 
 
-def make_room(path: Path) -> None:
-    """Make the folder of ``path``, so that a file can be written there later.
+@contextmanager
+def room_for(*paths: Path) -> Iterator[None]:
+    """Make the folders of ``paths``, so that files can be written there inside the context.
+
+    After an error, the folders that were made and are still empty are removed again.
 
     Raises:
-        KnormError: ``path`` is a folder or a device, or its folder can't be made or written to.
+        KnormError: one of ``paths`` is a folder or a device, or its folder can't be made or written to.
     """
-    if not _is_replaceable(path):
-        raise KnormError(f"{path} is a {'folder' if path.is_dir() else 'device'}; name a file to write to")
-    make_folder(path.parent)
+    missing = [folder for path in paths for folder in path.parents if not folder.exists()]
+    try:
+        for path in paths:
+            if not _is_replaceable(path):
+                raise KnormError(f"{path} is a {'folder' if path.is_dir() else 'device'}; name a file to write to")
+            make_folder(path.parent)
+        yield
+    except BaseException:
+        for folder in sorted(set(missing), reverse=True):  # a folder comes before those that hold it
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def make_folder(folder: Path) -> None:

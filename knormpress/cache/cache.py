@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from knormpress.cache.fitness import layers_for
 from knormpress.cache.hooks import MaskedCache, MaskHooks
 from knormpress.cache.layer import KnormLayer, LayerStats, TokenLog, layer_stats
 from knormpress.cache.masks import SharedMask, flex_mask, layer_mask, real_tokens
-from knormpress.cache.saving import is_score, read_state, write_state
+from knormpress.cache.saving import expect_lasting_name, is_score, read_state, write_state
 from knormpress.cache.score import Score, expect_score, key_norms, name_of
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
@@ -271,14 +272,10 @@ class KnormCache(MaskedCache):
         """Write the cache to a safetensors file; after ``load`` its results are bit-identical.
 
         Raises:
-            KnormError: a layer's state can't be saved (such as linear attention), or the file can't be written.
+            KnormError: a layer's state can't be saved (such as linear attention), the score has no name of its own
+                (a lambda), or the file can't be written.
         """
-        # The address of an object (a partial, an instance) is another one in the next process.
-        if "<lambda>" in name_of(self.score) or " at 0x" in name_of(self.score):
-            raise KnormError(
-                f"the score {name_of(self.score)} has no name that the file could keep, so the cache can't be saved; "
-                "define the score as a function"
-            )
+        expect_lasting_name(self.score)
         self._settle()
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
@@ -304,14 +301,25 @@ class KnormCache(MaskedCache):
     def load(cls, path: str | Path, model: PreTrainedModel, score: Score = key_norms) -> KnormCache:
         """Load the cache that ``save`` wrote, ready for the next question.
 
+        The file knows the policy, but not the object that it came from: ``press`` of the loaded cache is a ``Policy``
+        that equals the press given before. ``KnormPress.of(cache.press)`` can be called with a model again.
+
         Args:
             path: the file.
             model: the model that filled the cache, in the same dtype.
-            score: the score of the saved cache, if it was not the L2 norm of the keys.
+            score: the score of the saved cache, if it was not the L2 norm of the keys. It is known by its module and
+                name alone: whether its code is as it was is not checked.
 
         Raises:
-            KnormError: the file is missing or incomplete, or is for another model, format version or score.
+            KnormError: the file is missing or incomplete, or is for another model, format version or score; or the
+                arguments are in another order.
         """
+        if not isinstance(path, str | os.PathLike) or not isinstance(model, nn.Module):
+            raise KnormError(
+                f"KnormCache.load got {_short(path)} as the path and {_short(model)} as the model; wanted a path and a "
+                "loaded model: load(path, model)"
+            )
+        expect_lasting_name(score)
         tensors, state = read_state(Path(path), model)
         if not is_score(state["score"], score):
             raise KnormError(f"{path} holds a cache pruned by {state['score']}; load it with that score")
@@ -416,4 +424,4 @@ def _sliding_state(layer: DynamicSlidingWindowLayer) -> tuple[dict[str, Tensor],
 
 
 def _short(value: object) -> str:
-    return repr(value) if isinstance(value, str) else type(value).__name__
+    return repr(value) if isinstance(value, str | os.PathLike) else type(value).__name__

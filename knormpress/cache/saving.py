@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,26 @@ from knormpress.cache.score import name_of
 from knormpress.errors import KnormError
 from knormpress.files import replacing
 
-__all__ = ["FORMAT", "is_score", "read_state", "write_state"]
+__all__ = ["FORMAT", "expect_lasting_name", "is_score", "read_state", "write_state"]
 
 FORMAT = "knormpress-cache-1"
 """The version of the file format; a file with another version is refused."""
+
+
+def expect_lasting_name(score: object) -> None:
+    """Check that the name of ``score`` stands for it alone, in the next process too.
+
+    Raises:
+        KnormError: it doesn't, as with a lambda, a function inside another one, a partial, or a method of an instance.
+    """
+    name = name_of(score)
+    # All functions that one line makes share a name; so do the methods of all instances. An address is new each time.
+    is_bound = inspect.ismethod(score) and not inspect.isclass(score.__self__)
+    if is_bound or any(part in name for part in ("<lambda>", "<locals>", " at 0x")):
+        raise KnormError(
+            f"the score {name} has no name that a file could keep; define the score as a function at the top of a "
+            "module"
+        )
 
 
 def is_score(name: str, score: object) -> bool:

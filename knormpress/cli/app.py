@@ -16,7 +16,7 @@ import typer
 from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
 from knormpress.cli.options import Fresh, Json, Output, Quick, number, taking
 from knormpress.errors import KnormError
-from knormpress.files import make_room, writing
+from knormpress.files import room_for, writing
 from knormpress.measure.options import Candidates, Effort, Source
 
 __all__ = ["app", "main"]
@@ -227,20 +227,19 @@ def compare(
     from knormpress.compare.verdicts import read_thresholds
     from knormpress.show.verdict_table import fill, verdict_lines, verdict_markdown
 
-    if markdown is not None:
-        make_room(markdown)
-    verdicts, notes, faults = judge_runs(base, tests, storage, read_thresholds(thresholds))
-    for line in notes:
-        typer.echo(fill(line), err=as_json)
-    for verdict in verdicts if as_json else ():
-        typer.echo(json.dumps(dataclasses.asdict(verdict), allow_nan=False))
-    for line in () if as_json else verdict_lines(verdicts):
-        typer.echo(line)
-    for line in faults:
-        typer.echo(fill(line), err=as_json)
-    if markdown is not None:
-        with writing(markdown) as temporary:
-            temporary.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
+    with room_for(*filter(None, (markdown,))):
+        verdicts, notes, faults = judge_runs(base, tests, storage, read_thresholds(thresholds))
+        for line in notes:
+            typer.echo(fill(line), err=as_json)
+        for verdict in verdicts if as_json else ():
+            typer.echo(json.dumps(dataclasses.asdict(verdict), allow_nan=False))
+        for line in () if as_json else verdict_lines(verdicts):
+            typer.echo(line)
+        for line in faults:
+            typer.echo(fill(line), err=as_json)
+        if markdown is not None:
+            with writing(markdown) as temporary:
+                temporary.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
         raise typer.Exit(1)
 

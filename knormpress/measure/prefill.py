@@ -86,5 +86,5 @@ def expect_pruned(method: Method, policy: Policy | None, cache: Cache, full: lis
     raise KnormError(
         f"text too short to be pruned: {describe_method(method)} dropped none of {max(full)} tokens at keep_ratio "
         f"{policy.keep_ratio}, prune_after {policy.prune_after}, skip_layers {policy.skip_layers}; use a longer text "
-        "or less prune_after"
+        "or a smaller prune_after"
     )

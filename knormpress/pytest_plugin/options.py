@@ -17,6 +17,7 @@ __all__ = [
     "FLAGS",
     "OPTIONS",
     "devices",
+    "expect_values",
     "flag",
     "number",
     "press_id",
@@ -121,6 +122,17 @@ def presses(config: pytest.Config) -> list[KnormPress]:
         return [KnormPress.of(plan.press)]
     names = ("keep_ratios", "prune_after", "skip_layers")
     return list(Candidates(**{name: _value(config, name) for name in names}).presses)
+
+
+def expect_values(config: pytest.Config) -> None:
+    """Check the values of the options, so that an error in one is told before tests are collected.
+
+    Raises:
+        KnormError: an option has an invalid value.
+    """
+    presses(config)
+    numbers = {name: _value(config, name) for name, option in OPTIONS.items() if option.kind in (int, float)}
+    Effort(**{name: numbers[name] for name in ("samples", "precision", "seconds")})
 
 
 def _value(config: pytest.Config, name: str) -> Any:

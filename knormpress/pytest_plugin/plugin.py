@@ -17,6 +17,7 @@ from knormpress.pytest_plugin.options import (
     FLAGS,
     OPTIONS,
     devices,
+    expect_values,
     flag,
     number,
     press_id,
@@ -84,7 +85,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Check the options before tests are collected, so that errors in them are one line."""
     if session.config.getoption("--knorm-device") is not None:
         devices(session.config)
-    usage(lambda: presses(session.config))
+    usage(lambda: expect_values(session.config))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,18 +12,56 @@ from matplotlib.figure import Figure
 
 from knormpress.cli.app import main
 from knormpress.errors import KnormError
-from knormpress.files import make_room, replacing
+from knormpress.files import replacing, room_for
 from knormpress.records.jsonl import append_record
 from tests.record_factory import make_records
 
 
 def test_a_folder_is_made_and_a_file_in_its_way_is_named(tmp_path: Path) -> None:
-    make_room(tmp_path / "new" / "summary.md")
+    with room_for(tmp_path / "new" / "summary.md"):
+        assert (tmp_path / "new").is_dir()
     assert (tmp_path / "new").is_dir()
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "summary.md", tmp_path / "new"):
-        with pytest.raises(KnormError, match=str(path.name) if path.is_dir() else "file"):
-            make_room(path)
+        with pytest.raises(KnormError, match=str(path.name) if path.is_dir() else "file"), room_for(path):
+            pass
+
+
+def test_after_an_error_only_folders_that_were_made_and_are_empty_go(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    kept, gone = tmp_path / "kept" / "x" / "file", tmp_path / "old" / "a" / "b" / "file"
+
+    def stopped() -> None:
+        with room_for(gone, kept, gone.with_name("other")):
+            kept.write_text("written before the error")
+            assert gone.parent.is_dir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert kept.exists()
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "--markdown", "missing/in/x.md"],
+        ["compare", "--markdown", "missing/in/x.md", "--thresholds", "x=1"],
+        ["report", "--output", "missing/page.html", "--markdown", "file/x.md"],
+    ],
+)
+def test_a_command_that_ends_in_an_error_leaves_no_folder(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "results").mkdir()
+    for record in make_records([1.0, 0.9]):
+        append_record(tmp_path / "results" / "results.jsonl", record)
+    before = set(tmp_path.rglob("*"))
+    assert main(command) == 2
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -49,8 +87,8 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     os.mkfifo(device)
     with pytest.raises(OSError, match="not a file"), replacing(device) as temporary:
         temporary.write_text("new")
-    with pytest.raises(KnormError, match="device is a device"):
-        make_room(device)
+    with pytest.raises(KnormError, match="device is a device"), room_for(device):
+        pass
     assert device.is_fifo()
     assert list(tmp_path.iterdir()) == [device]
 

@@ -18,7 +18,7 @@ from matplotlib import style as matplotlib_style
 from knormpress.compare.settings import group_records
 from knormpress.compare.verdicts import THRESHOLDS
 from knormpress.errors import KnormError
-from knormpress.files import make_room, writing
+from knormpress.files import room_for, writing
 from knormpress.progress import Progress, ticking
 from knormpress.records.checks import sound
 from knormpress.records.history import History
@@ -60,12 +60,11 @@ def write_report(
         KnormError: there is nothing to report, a record is unusable, or a file can't be written; nothing is written.
     """
     sections = build_sections(records, history, thresholds, plans)
-    for path in filter(None, (page, markdown)):
-        make_room(path)
-    texts = {page: render_page(sections, progress)}
-    if markdown is not None:
-        texts[markdown] = render_markdown([section for section in sections if section.identifier in _IN_SUMMARY])
-    with ExitStack() as stack:  # all of them or none
+    with ExitStack() as stack:  # all files or none
+        stack.enter_context(room_for(*filter(None, (page, markdown))))
+        texts = {page: render_page(sections, progress)}
+        if markdown is not None:
+            texts[markdown] = render_markdown([section for section in sections if section.identifier in _IN_SUMMARY])
         for path, text in texts.items():
             stack.enter_context(writing(path)).write_text(text, encoding="utf-8")
 

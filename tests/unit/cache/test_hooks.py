@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import threading
-import time
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from knormpress import KnormCache, KnormPress
 from knormpress.cache import attention
 
 PRESS = KnormPress(0.5, prune_after=16)
+OFTEN = KnormPress(0.5, prune_after=16, prune_interval=3)
 IDS = torch.arange(36)[None] * 7 % 100
 
 
@@ -93,32 +93,50 @@ def test_every_hook_goes_with_the_last_cache(model):
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == before
 
 
+def conversation(model, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a thread does with a cache of its own: a prompt, decoding that prunes, and a copy that goes another way.
+
+    Returns the logits of each pass, and the positions that each layer of cache and copy holds in the end.
+    """
+    ids = (IDS + 13 * seed) % 100
+    cache = KnormCache(model, OFTEN)
+    with torch.inference_mode():
+        logits = [model(ids[:, : 20 + seed], past_key_values=cache).logits]
+        logits += [model(ids[:, place : place + 1], past_key_values=cache).logits for place in range(8)]
+        copied = copy.deepcopy(cache)
+        logits += [model(ids[:, 8:20], past_key_values=copied).logits]
+        logits += [model(ids[:, place : place + 1], past_key_values=cache).logits for place in range(8, 16)]
+    return logits, [layer.positions for each in (cache, copied) for layer in each.layers]
+
+
 def test_threads_with_a_cache_each_work_side_by_side():
-    """Two models, two threads for each, caches made and dropped all the time, collections in the middle."""
+    """Two threads on each of two models, caches made, copied and dropped all the time, collections in the middle."""
     models = [make_model(0), make_model(1)]
-    expected = [chunk_after_pruning(model) for model in models]
+    expected = {(which, seed): conversation(models[which], seed) for which in (0, 1) for seed in range(4)}
+    assert all(held[0].numel() > held[1].numel() for _, held in expected.values()), "nothing was pruned"
     faults: list[object] = []
-    end = time.monotonic() + 2
+    together = threading.Barrier(4)
 
     def work(which: int, *, collects: bool) -> None:
         try:
-            while time.monotonic() < end:
-                if not torch.allclose(chunk_after_pruning(models[which]), expected[which], atol=1e-5):
-                    faults.append(f"other logits of model {which}")
+            together.wait(60)
+            for turn in range(12):
+                seed = (turn + collects) % 4
+                torch.testing.assert_close(conversation(models[which], seed), expected[which, seed])
                 if collects:
                     gc.collect()
-        except Exception as error:
+        except BaseException as error:
             faults.append(error)
 
     threads = [
-        threading.Thread(target=work, args=(which,), kwargs={"collects": collects})
+        threading.Thread(target=work, args=(which,), kwargs={"collects": collects}, daemon=True)
         for which in (0, 1)
         for collects in (True, False)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert not any(thread.is_alive() for thread in threads)
     assert not faults
 

@@ -87,6 +87,16 @@ def test_a_file_cut_short_is_refused(saved, size):
         KnormCache.load(saved, tiny_model())
 
 
+def test_arguments_in_another_order_are_told_the_right_one(saved):
+    for path, model, got in (
+        (tiny_model(), str(saved), r"got LlamaForCausalLM .* and '.*c\.safetensors'"),
+        (tiny_model(), saved, r"got LlamaForCausalLM .* and \w*Path\('.*c\.safetensors'\)"),
+        (saved, "gpt2", "'gpt2' as the model"),
+    ):
+        with pytest.raises(KnormError, match=rf"^KnormCache\.load .*{got}.*load\(path, model\)$"):
+            KnormCache.load(path, model)
+
+
 def test_another_format_and_a_missing_file_are_refused(saved):
     assert metadata(saved)["format"] == FORMAT
     save_file(load_file(saved), saved, {"format": "knormpress-cache-0", "model": "", "state": "{}"})
@@ -134,8 +144,47 @@ def test_what_cant_be_saved_or_written_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("score", [lambda held: -key_norms(held), functools.partial(own_score)])
+def made_score(factor):
+    """Every function from here has one and the same name."""
+
+    def score(held):
+        return factor * key_norms(held)
+
+    return score
+
+
+class Scaled:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def score(self, held):
+        return self.factor * key_norms(held)
+
+
+@pytest.mark.parametrize(
+    "score", [lambda held: -key_norms(held), functools.partial(own_score), made_score(1), Scaled(1).score]
+)
 def test_a_score_without_a_lasting_name_cant_be_saved(score, tmp_path):
     with pytest.raises(KnormError, match="define the score as a function"):
         KnormCache(tiny_model(), PRESS, score).save(tmp_path / "c.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("named", "other"), [(made_score(1), made_score(-1)), (Scaled(1).score, Scaled(-1).score)], ids=name_of
+)
+def test_another_score_of_the_same_name_is_not_taken_for_the_saved_one(named, other, saved):
+    """A file may hold such a name: earlier versions saved them."""
+    values = metadata(saved)
+    state = json.dumps(json.loads(values["state"]) | {"score": name_of(named)})
+    save_file(load_file(saved), saved, values | {"state": state})
+    assert name_of(named) == name_of(other)
+    with pytest.raises(KnormError, match="define the score as a function"):
+        KnormCache.load(saved, tiny_model(), score=other)
+
+
+def test_the_press_of_a_loaded_cache_makes_caches_again(saved):
+    press = KnormPress.of(KnormCache.load(saved, tiny_model()).press)
+    assert press == PRESS
+    with press(tiny_model()) as new_cache:
+        assert new_cache().press is press

@@ -80,6 +80,14 @@ def test_every_option(
         ("device", "gpu", "'gpu'"),
         ("thresholds", "speed=1", "'speed=1'"),
         ("plan", "none.json", "none.json"),
+        ("seconds", "nan", "--knorm-seconds is 'nan'"),
+        ("seconds", "-1", "seconds is -1.0"),
+        ("seconds", "-inf", "seconds is -inf"),
+        ("precision", "nan", "--knorm-precision is 'nan'"),
+        ("precision", "-0.5", "precision is -0.5"),
+        ("samples", "0", "samples is 0"),
+        ("ppl_tolerance", "nan", "--knorm-ppl-tolerance is 'nan'"),
+        ("passkey_share", "most", "--knorm-passkey-share is 'most'"),
     ],
 )
 def test_wrong_input_is_one_line(run: Run, name: str, value: str, named: str) -> None:
