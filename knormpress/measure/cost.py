@@ -10,18 +10,18 @@ numpy's own work, kernels that are started past torch's dispatcher, or memory th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import Cache, PreTrainedModel
 
@@ -36,8 +36,8 @@ from knormpress.records.figures import Cost, Counts
 
 __all__ = ["OperatorCounter", "measure_cost"]
 
-# A token of the default model takes about 0.1 s while it is counted.
-_WINDOW = 64
+# A token of the default model takes 0.1 to 0.2 s while it is counted.
+_WINDOW = 16
 
 # A pruning that is further away than this is not waited for.
 _FARTHEST = 2_048
@@ -51,7 +51,10 @@ _aten = torch.ops.aten
 _PICK = {_aten.embedding, _aten.gather, _aten.index, _aten.index_select, _aten.take}
 
 # They don't read what they write to.
-_OVERWRITE = {_aten.copy_, _aten.fill_, _aten.zero_, _aten.scatter_, _aten.index_put_, _aten.index_copy_}
+_OVERWRITE = {_aten.copy_, _aten.fill_, _aten.zero_, _aten.index_put_, _aten.index_copy_, _aten.scatter_}
+
+# They find out how many elements a mask has, where one is given.
+_BY_MASK = {_aten.index, _aten.index_put, _aten.index_put_}
 
 _EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 
@@ -73,7 +76,7 @@ class OperatorCounter:
         self.device = device
         # A read that is counted already may dispatch operators that look like reads.
         self.reading = False
-        self._sums: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
         self._modes = ExitStack()
 
     def __enter__(self) -> OperatorCounter:
@@ -86,12 +89,8 @@ class OperatorCounter:
 
     def take(self) -> Counts:
         """The sums since the last ``take``."""
-        sums, self._sums = self._sums, Counter()
+        sums, self.sums = self.sums, Counter()
         return Counts(**{name: sums[name] for name in Counts.model_fields})
-
-    def add(self, **counts: int) -> None:
-        """Add to the sums."""
-        self._sums.update(counts)
 
 
 class _Reads(TorchFunctionMode):
@@ -102,7 +101,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _READS or args[0].device.type != self.counter.device.type:
             return func(*args, **(kwargs or {}))
-        self.counter.add(host_reads=1)
+        self.counter.sums["host_reads"] += 1
         self.counter.reading = True
         try:
             return func(*args, **(kwargs or {}))
@@ -112,74 +111,97 @@ class _Reads(TorchFunctionMode):
 
 class _Operators(TorchDispatchMode):
     def __init__(self, counter: OperatorCounter) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counter = counter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Questions about a tensor, such as its device.
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        operator = _operator(func)
         # In inference mode an operator that is made of others arrives whole.
-        if func.namespace == "aten" and _is_composite(func):
+        if operator.is_composite:
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        name = func.overloadpacket
-        given, made = _tensors((args, kwargs)), _tensors(out)
+        given, made = [*_tensors(args), *_tensors(kwargs.values())], list(_tensors((out,)))
         known = {tensor.untyped_storage()._cdata for tensor in given}
         new = {s._cdata: s.nbytes() for s in (tensor.untyped_storage() for tensor in made) if s._cdata not in known}
-        is_view = bool(made) and not new and not func._schema.is_mutable
-        self.counter.add(
-            ops=1,
-            moved=0 if is_view or name in _EMPTY else _read(func, args, kwargs, made) + sum(map(_bytes, made)),
-            flops=_flops(name, out, args, kwargs),
-            allocated=sum(new.values()),
-            host_reads=int(not self.counter.reading and _waits(func, args, given, made)),
-        )
+        is_view = bool(made) and not new and not operator.is_mutable
+        moved = 0 if is_view or operator.name in _EMPTY else _read(operator, args, kwargs, made) + _bytes(made)
+        sums = self.counter.sums
+        sums["ops"] += 1
+        sums["moved"] += moved
+        sums["allocated"] += sum(new.values())
+        sums["flops"] += 0 if operator.flops is None else int(operator.flops(*args, **kwargs, out_val=out))
+        sums["host_reads"] += not self.counter.reading and _waits(operator, args, given, made)
         return out
 
 
-def _is_composite(func: Any) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+class _Operator(NamedTuple):
+    name: Any
+    is_composite: bool
+    is_mutable: bool
+    out: frozenset[str]
+    flops: Callable[..., int] | None
+    waits: bool
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+@functools.cache
+def _operator(func: Any) -> _Operator:
+    """What is known of an operator before it is called."""
+    name, schema = func.overloadpacket, func._schema
+    return _Operator(
+        name=name,
+        is_composite=bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")),
+        is_mutable=schema.is_mutable,
+        out=frozenset(argument.name for argument in schema.arguments if argument.is_out),
+        flops=_cpu_attention_flops if name is _CPU_ATTENTION else flop_registry.get(name),
+        waits=bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags)),
+    )
 
 
-def _bytes(tensor: Tensor) -> int:
-    """The bytes of the elements of ``tensor``; those that repeat one element in memory count once."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * math.prod(size if step or not size else 1 for size, step in sizes)
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
-def _read(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> int:
+def _bytes(values: Iterable[Any]) -> int:
+    """The bytes of the elements of all tensors in ``values``; those that repeat one element in memory count once."""
+    total = 0
+    for tensor in _tensors(values):
+        shape = tensor.shape
+        if 0 in tensor.stride():
+            shape = torch.Size(
+                size if step or not size else 1 for size, step in zip(shape, tensor.stride(), strict=True)
+            )
+        total += math.prod(shape) * tensor.element_size()
+    return total
+
+
+def _read(operator: _Operator, args: Any, kwargs: Any, made: list[Tensor]) -> int:
     """The bytes that an operator reads."""
-    name, sources = func.overloadpacket, list(args)
-    if name in _OVERWRITE:
-        sources = sources[1:]
-    picked = 0
-    if name in _PICK and made:
-        picked, sources = sum(map(_bytes, made)), sources[1:]
-    written = {argument.name for argument in func._schema.arguments if argument.is_out}
-    named = [value for key, value in kwargs.items() if key not in written]
-    return picked + sum(map(_bytes, _tensors((sources, named))))
+    named = _bytes(value for name, value in kwargs.items() if name not in operator.out)
+    if operator.name in _PICK:
+        return named + _bytes(made) + _bytes(args[1:])
+    return named + _bytes(args[1:] if operator.name in _OVERWRITE else args)
 
 
-def _flops(name: Any, out: Any, args: Any, kwargs: Any) -> int:
-    """Floating-point operations of matrix products, by the formulas of ``torch.utils.flop_counter``."""
-    if name is _CPU_ATTENTION:
-        query, key, value = args[:3]
-        return int(2 * query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1]))
-    return int(flop_registry[name](*args, **kwargs, out_val=out)) if name in flop_registry else 0
+def _cpu_attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
 
 
-def _waits(func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> bool:
+def _waits(operator: _Operator, args: Any, given: list[Tensor], made: list[Tensor]) -> bool:
     """Whether the host waits for what the operator computes, or computed before."""
-    if func.overloadpacket in (_aten.index, _aten.index_put_):
-        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
-    if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags):
-        return True
-    devices = {tensor.device.type for tensor in given} - {"cpu"}
-    return bool(devices) and bool(made) and all(tensor.device.type == "cpu" for tensor in made)
+    if operator.name in _BY_MASK:
+        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1:2]))
+    if operator.waits or not made:
+        return operator.waits
+    return made[0].device.type == "cpu" and any(tensor.device.type != "cpu" for tensor in given)
 
 
 def measure_cost(
@@ -193,9 +215,9 @@ def measure_cost(
 ) -> Cost:
     """Count a prefill and decoded tokens, with the method's cache and with the full cache.
 
-    The decoded tokens are one pruning interval of the cache's policy, or 64 tokens with a pruning in their middle where
-    the interval is longer; the tokens before them are decoded without counting. They are chosen greedily, and each is
-    read by the host. Counted on one thread: how the work is divided may depend on the number of threads.
+    As many decoded tokens are counted as lie between two prunings of the cache's policy, with a pruning in their
+    middle; of more than 16, the 16 around it. Tokens before them are decoded without counting. The counted ones are
+    chosen greedily, and each is read by the host. The number of threads may decide how work is divided, so one is used.
 
     Args:
         model: a model on the device to count on.
@@ -216,7 +238,7 @@ def measure_cost(
         before, counted = _window(model, new_cache(), prompt.shape[-1], new_tokens)
     sides = []
     for which in (FullCache(), method):
-        sides.append(_counts_of(model, which, prompt, prefill_chunk, before, counted))
+        sides.append(_counts_of(model, which, prompt, chunk=prefill_chunk, before=before, tokens=counted))
         after_run()
     (full_prefill, full_decode), (prefill_, decode_) = sides
     return Cost(
@@ -230,10 +252,10 @@ def measure_cost(
 
 
 def _counts_of(
-    model: PreTrainedModel, method: Method, prompt: Tensor, chunk: int | None, before: int, tokens: int
+    model: PreTrainedModel, method: Method, prompt: Tensor, *, chunk: int | None, before: int, tokens: int
 ) -> tuple[Counts, Counts]:
     """What the prefill takes, and ``tokens`` decoded tokens after the first ``before``."""
-    with _on_one_thread(), torch.no_grad(), caches_of(method, model) as new_cache:
+    with torch.no_grad(), caches_of(method, model) as new_cache:
         # Outside of inference mode all operators are dispatched one by one.
         prompt = prompt.clone()
         prefill(model, prompt[:, :_WARM_UP_TOKENS], new_cache())
@@ -245,13 +267,13 @@ def _counts_of(
             return token
 
         with _attention_watched(model, counter):
-            with counter:
+            with _on_one_thread(), counter:
                 cache = new_cache()
                 token = step(prompt, cache, chunk)
             of_prompt = counter.take()
             decode(model, prompt.repeat(1, -(-before // prompt.shape[-1]))[:, :before], cache)
             counter.take()
-            with counter:
+            with _on_one_thread(), counter:
                 for _ in range(tokens):
                     token = step(token, cache)
             return of_prompt, counter.take()
@@ -295,7 +317,10 @@ def _on_one_thread() -> Iterator[None]:
 
 @contextmanager
 def _attention_watched(model: PreTrainedModel, counter: OperatorCounter) -> Iterator[None]:
+    def called(*_: Any) -> None:
+        counter.sums["attention"] += 1
+
     with ExitStack() as hooks:
         for module in filter(is_attention, model.modules()):
-            hooks.callback(module.register_forward_pre_hook(lambda *_: counter.add(attention=1)).remove)
+            hooks.callback(module.register_forward_pre_hook(called).remove)
         yield

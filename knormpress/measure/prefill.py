@@ -42,8 +42,8 @@ def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int 
 def decode(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
     """Send known tokens through ``model`` as when they are decoded, in few passes where that is the same.
 
-    A full cache takes them all in one pass, and a ``KnormCache`` those that come before a pruning; the token after which
-    a layer prunes comes alone. Other caches get one token in a pass.
+    A full cache takes them all in one pass, and a ``KnormCache`` those that come before a pruning. The token after
+    which a layer prunes comes alone. Other caches get one token in a pass.
 
     Args:
         model, cache: as for ``prefill``.

@@ -221,6 +221,12 @@ class Memory(Strict):
         return self.candidate_cache_bytes / self.baseline_cache_bytes if self.baseline_cache_bytes else math.nan
 
     @property
+    def decoded_ratio(self) -> float | None:
+        """``ratio`` after decoding; None where nothing was decoded, or a cache holds no bytes."""
+        full, own = self.baseline_decoded_bytes, self.candidate_decoded_bytes
+        return own / full if full and own else None
+
+    @property
     def change(self) -> Change:
         """The change of the bytes. They are counted exactly, so the interval is the figure itself."""
         change = percent(self.ratio)
@@ -275,7 +281,8 @@ class Cost(Strict):
         return Change(change, change, change)
 
     def _figure(self, prefill: Counts, decode: Counts, phase: Phase, name: Counted) -> float:
-        return getattr(prefill, name) / 1 if phase == "prefill" else getattr(decode, name) / self.tokens
+        counts, units = (prefill, 1) if phase == "prefill" else (decode, self.tokens)
+        return float(getattr(counts, name)) / units
 
 
 class DocumentScore(Strict):
