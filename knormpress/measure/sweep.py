@@ -18,6 +18,7 @@ from typing import Any
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
 from knormpress.files import make_folder
+from knormpress.measure.cost import measure_cost
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
@@ -174,6 +175,8 @@ def _measure(
             policy=press,
             after_run=steps.tick,
         )
+        steps.begin(f"counted cost, {_ratio(press)}")
+        cost = measure_cost(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
         steps.begin(f"timing, {_ratio(press)}")
         latency = measure_latency(
             bench.model,
@@ -196,6 +199,7 @@ def _measure(
             memory=memory,
             quality=qualities[press],
             retrieval=retrieved.get(press),
+            cost=cost,
             **known,
         )
 
@@ -309,7 +313,7 @@ class _Steps:
     def __init__(self, settings: SweepSettings, progress: Progress) -> None:
         self.progress = progress
         self.runs = 2 * (settings.effort.rounds + 1)
-        self.per_cell = self.runs + 2
+        self.per_cell = self.runs + 4
         self.texts = settings.effort.texts * len(tasks_of(settings.effort))
         self.documents = settings.effort.samples + self.texts
         self.cells = len(settings.candidates.presses)
