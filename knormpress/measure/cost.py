@@ -217,7 +217,7 @@ def measure_cost(
 
     As many decoded tokens are counted as lie between two prunings of the cache's policy, with a pruning in their
     middle; of more than 16, the 16 around it. Tokens before them are decoded without counting. The counted ones are
-    chosen greedily, and each is read by the host. Code that asks for the number of threads is told 1.
+    chosen greedily, and each is read by the host. The number of threads may decide how work is divided, so one is used.
 
     Args:
         model: a model on the device to count on.
@@ -255,7 +255,7 @@ def _counts_of(
     model: PreTrainedModel, method: Method, prompt: Tensor, *, chunk: int | None, before: int, tokens: int
 ) -> tuple[Counts, Counts]:
     """What the prefill takes, and ``tokens`` decoded tokens after the first ``before``."""
-    with torch.no_grad(), caches_of(method, model) as new_cache:
+    with _on_one_thread(), torch.no_grad(), caches_of(method, model) as new_cache:
         # Outside of inference mode all operators are dispatched one by one.
         prompt = prompt.clone()
         prefill(model, prompt[:, :_WARM_UP_TOKENS], new_cache())
@@ -267,13 +267,13 @@ def _counts_of(
             return token
 
         with _attention_watched(model, counter):
-            with _as_on_one_thread(), counter:
+            with counter:
                 cache = new_cache()
                 token = step(prompt, cache, chunk)
             of_prompt = counter.take()
             decode(model, prompt.repeat(1, -(-before // prompt.shape[-1]))[:, :before], cache)
             counter.take()
-            with _as_on_one_thread(), counter:
+            with counter:
                 for _ in range(tokens):
                     token = step(token, cache)
             return of_prompt, counter.take()
@@ -306,14 +306,13 @@ def _prunings(policy: Policy, ratio: float, prompt: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _as_on_one_thread() -> Iterator[None]:
-    """Let code that divides its work by the number of threads see one; operators still use all of them."""
-    number = torch.get_num_threads
-    torch.get_num_threads = lambda: 1
+def _on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.get_num_threads = number
+        torch.set_num_threads(threads)
 
 
 @contextmanager
