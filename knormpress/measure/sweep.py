@@ -18,7 +18,7 @@ from typing import Any
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
 from knormpress.files import make_folder
-from knormpress.measure.cost import measure_cost
+from knormpress.measure.cost import can_count, measure_cost
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
@@ -176,7 +176,9 @@ def _measure(
             after_run=steps.tick,
         )
         steps.begin(f"counted cost, {_ratio(press)}")
-        cost = measure_cost(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
+        cost = None
+        if can_count(bench.model):
+            cost = measure_cost(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
         steps.begin(f"timing, {_ratio(press)}")
         latency = measure_latency(
             bench.model,

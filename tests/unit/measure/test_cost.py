@@ -20,8 +20,9 @@ from knormpress.cache.layer import KnormLayer
 from knormpress.cache.tape import Tape
 from knormpress.compare.verdicts import THRESHOLDS, judge
 from knormpress.errors import KnormError
-from knormpress.measure.cost import OperatorCounter, measure_cost
+from knormpress.measure.cost import measure_cost
 from knormpress.measure.memory import measure_memory
+from knormpress.measure.operators import OperatorCounter
 from knormpress.measure.prefill import prefill
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method
@@ -204,6 +205,19 @@ def test_how_many_tokens_are_counted_can_be_chosen() -> None:
     for wrong in ({"new_tokens": 0}, {"prompt": 0}):
         with pytest.raises(KnormError, match="wanted at least 1"):
             cost(**wrong)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-neox", "qwen3-next"])
+def test_other_families_are_counted(family: str) -> None:
+    method = KnormPress(0.5, prune_after=16, prune_interval=2)
+    found = measure_cost(tiny_model(family), method, tokens(40))
+    assert found.candidate_decode.attention == found.baseline_decode.attention > 0
+    assert found.candidate_decode.flops < found.baseline_decode.flops
+
+
+def test_compiled_attention_is_refused_in_one_line() -> None:
+    with pytest.raises(KnormError, match="compiled code, as of flex attention, can't be counted"):
+        measure_cost(tiny_model(attention="flex_attention"), PRESS, tokens(40))
 
 
 def named(before: Cost, now: Cost) -> dict[str, str]:
