@@ -179,6 +179,8 @@ def _measure(
         cost = None
         if can_count(bench.model):
             cost = measure_cost(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
+        else:
+            steps.count_nothing()
         steps.begin(f"timing, {_ratio(press)}")
         latency = measure_latency(
             bench.model,
@@ -345,6 +347,11 @@ class _Steps:
     def ask_nothing(self) -> None:
         """Subtract the steps of the retrieval of one prompt length, which can't be measured, from the total."""
         self.total -= self.texts
+        self.begin(self.doing)
+
+    def count_nothing(self) -> None:
+        """Subtract the steps of one cell's counted cost, which compiled code does not have, from the total."""
+        self.total -= 2
         self.begin(self.doing)
 
     def leave_out(self, cells: int) -> None:
