@@ -18,7 +18,7 @@ def make_entry(
     commit: str | None = COMMIT,
     dirty: bool = False,
     method: str = "KnormPress(keep_ratio=0.9)",
-    parts: tuple[str, ...] = ("latency", "memory", "quality", "retrieval"),
+    parts: tuple[str, ...] = ("latency", "memory", "quality", "retrieval", "cost"),
     passed: bool = True,
     verdicts: dict[str, str] | None = None,
     **parameters: Any,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from knormpress.records.figures import DocumentScore, Latency, Memory, Quality, Reading, Run
+from knormpress.records.figures import Cost, Counts, DocumentScore, Latency, Memory, Quality, Reading, Run
 from knormpress.records.retrieval import Answer, Item, Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 
@@ -124,6 +124,30 @@ def make_record(
         ),
         quality=_quality(np.random.default_rng(seed), documents, scored, ppl, keep_ratio),
         retrieval=None if found is None else make_retrieval(found, seed=seed),
+        cost=_cost(keep_ratio, prompt_tokens),
+    )
+
+
+def _cost(keep_ratio: float, prompt_tokens: int) -> Cost:
+    def counts(*, tokens: int, stored: float, reads: int) -> Counts:
+        moved = int(tokens * 500_000_000 + stored * 46_080)
+        return Counts(
+            ops=2_100 * tokens + 60 * (reads - tokens),
+            moved=moved,
+            flops=270_000_000 * tokens,
+            allocated=moved // 10,
+            host_reads=reads,
+            attention=30 * tokens,
+        )
+
+    reads = 0 if keep_ratio == 1.0 else 87
+    return Cost(
+        baseline_prefill=counts(tokens=1, stored=prompt_tokens, reads=1),
+        candidate_prefill=counts(tokens=1, stored=prompt_tokens, reads=1 + reads),
+        baseline_decode=counts(tokens=16, stored=16 * prompt_tokens, reads=16),
+        candidate_decode=counts(tokens=16, stored=16 * prompt_tokens * keep_ratio, reads=16 + reads),
+        tokens_before=0,
+        tokens=16,
     )
 
 

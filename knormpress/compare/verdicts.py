@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from knormpress.errors import KnormError
-from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Quality, Timed
+from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Cost, Counted, Phase, Quality, Timed
 from knormpress.records.retrieval import Item
 from knormpress.records.schema import Entry, Environment
 from knormpress.stats.intervals import Change, percent, ratio_of_ratios
@@ -41,6 +41,12 @@ THRESHOLDS: Mapping[str, float] = {
     "ttft_s": 25.0,
     "tpot_s": 25.0,
     "bytes": 0.5,
+    "decoded_bytes": 0.5,
+    "ops": 0.5,
+    "moved": 0.5,
+    "flops": 0.5,
+    "allocated": 0.5,
+    "host_reads": 0.5,
     "ppl": 1.0,
     "kl": 5.0,
     "found": 2.0,
@@ -101,6 +107,7 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
         reason: names the reference.
     """
     findings = [*_timings(before, now, thresholds), *_bytes(before, now, thresholds)]
+    findings += _counts(before[-1], now[-1], thresholds)
     findings += _quality(before[-1], now[-1], thresholds)
     findings += _retrieval(before[-1], now[-1], thresholds)
     if not findings:
@@ -190,8 +197,49 @@ def _bytes(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[st
     shown = _pair(f"{memory.candidate_cache_bytes / 1e6:,.2f} MB" for memory in (old, new))
     if not (old.baseline_cache_bytes and old.candidate_cache_bytes and new.baseline_cache_bytes):
         return [Finding("bytes", "incomparable", shown, None, "is not compared: a cache of 0 bytes was measured")]
-    change = percent(new.ratio / old.ratio)
-    return [_finding("bytes", shown, Change(change, change, change), 1.0, thresholds["bytes"])]
+    findings = [_finding("bytes", shown, _exact(new.ratio / old.ratio), 1.0, thresholds["bytes"])]
+    if old.decoded_ratio and new.decoded_ratio:
+        shown = _pair(f"{(memory.candidate_decoded_bytes or 0) / 1e6:,.2f} MB" for memory in (old, new))
+        change = _exact(new.decoded_ratio / old.decoded_ratio)
+        findings.append(_finding("decoded_bytes", shown, change, 1.0, thresholds["decoded_bytes"]))
+    return findings
+
+
+def _counts(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list[Finding]:
+    """Compare the candidate's own counts: the machine's speed is not in them."""
+    if before.cost is None or now.cost is None:
+        return []
+    names: tuple[Counted, ...] = get_args(Counted)
+    sides = before.environment, now.environment
+    for kind in ("torch", "transformers", "device"):
+        versions = [getattr(side, kind) for side in sides]
+        if versions[0] != versions[1]:
+            reason = f"is not compared: {kind} differs ({versions[0]}, now {versions[1]})"
+            return [Finding(name, "incomparable", ("", ""), None, reason) for name in names]
+    return [_count(before.cost, now.cost, name, thresholds[name]) for name in names]
+
+
+def _count(before: Cost, now: Cost, name: Counted, threshold: float) -> Finding:
+    """The finding on the phase that is worse, with the reasons of both."""
+    findings = []
+    phases: tuple[Phase, ...] = get_args(Phase)
+    for phase in phases:
+        old, new = before.candidate(phase, name), now.candidate(phase, name)
+        shown = _pair(f"{phase} {figure:,.6g}" for figure in (old, new))
+        if new > old == 0:
+            found = Finding(name, "regressed", shown, None, f"was 0, now {new:,.6g}")
+        else:
+            found = _finding(name, shown, _exact(new / old if old else 1.0), 1.0, threshold)
+        findings.append(replace(found, reason=f"{phase} {found.reason}" if found.reason else ""))
+    word = worst([finding.word for finding in findings])
+    chosen = next(finding for finding in findings if finding.word == word)
+    return replace(chosen, reason=", ".join(finding.reason for finding in findings if finding.reason))
+
+
+def _exact(ratio: float) -> Change:
+    """The change of a figure that has no spread."""
+    change = percent(ratio)
+    return Change(change, change, change)
 
 
 def _quality(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list[Finding]:

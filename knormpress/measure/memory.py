@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, PreTrainedModel
 
+from knormpress.cache.layer import KnormLayer
 from knormpress.errors import KnormError
-from knormpress.measure.prefill import prefill, slots_of
+from knormpress.measure.prefill import decode, prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
-from knormpress.policy.policy import Policy
+from knormpress.policy.policy import Policy, share
 from knormpress.records.figures import Memory, Reading
 from knormpress.workload.devices import PeakMemory, synchronize
 
 __all__ = ["cache_bytes", "measure_memory"]
+
+# A full cache takes all decoded tokens before these in one pass.
+_ONE_BY_ONE = 32
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -51,13 +55,14 @@ def measure_memory(
         method: makes the candidate's cache.
         prompt: (1, n) token ids on the model's device.
         prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
-        decoded_tokens: after the prompt, decode this many tokens and read the caches' bytes again; 0 decodes none.
+        decoded_tokens: after the prompt, decode this many tokens and read the caches' bytes again; 0 decodes none. The
+            last 32 are chosen and fed one by one; those before them are the prompt's, fed by ``prefill.decode``.
         policy: what the method should follow; its own ``press`` unless given.
         after_run: called after each pass.
 
     Raises:
         KnormError: the method made no cache, its cache holds nothing, or it should drop tokens and holds as much as the
-            full cache.
+            full cache; or a proportional policy is in use, and its bound was passed while decoding.
     """
     sides = []
     for which in (FullCache(), method):
@@ -73,13 +78,13 @@ def measure_memory(
         baseline_decoded_bytes=full.decoded_bytes,
         candidate_decoded_bytes=own.decoded_bytes,
     )
-    drops = own.slots < full.slots
+    drops = sum(own.slots) < sum(full.slots)
     _check_pruned(method, policy or policy_of(method), memory, prompt.shape[-1], drops=drops)
     return memory
 
 
 class _Side(NamedTuple):
-    slots: int
+    slots: list[int]
     prompt_bytes: int
     decoded_bytes: int | None
     readings: tuple[Reading, ...]
@@ -95,10 +100,13 @@ def _memory_of(
             cache = new_cache()
             token = prefill(model, prompt, cache, chunk=prefill_chunk).argmax(dim=-1, keepdim=True)
             synchronize(prompt.device)
-        slots, prompt_bytes = sum(slots_of(cache)), cache_bytes(cache)
-        for _ in range(decoded_tokens):
+        slots, prompt_bytes = slots_of(cache), cache_bytes(cache)
+        known = max(0, decoded_tokens - _ONE_BY_ONE)
+        decode(model, prompt.repeat(1, -(-known // prompt.shape[-1]))[:, :known], cache)
+        for _ in range(decoded_tokens - known):
             token = prefill(model, token, cache).argmax(dim=-1, keepdim=True)
         decoded_bytes = cache_bytes(cache) if decoded_tokens else None
+        _check_grown(method, cache)
     return _Side(slots, prompt_bytes, decoded_bytes, tuple(peak.readings))
 
 
@@ -114,6 +122,19 @@ def _check_pruned(method: Method, policy: Policy | None, memory: Memory, tokens:
             f"{name} holds {memory.candidate_cache_bytes:,} bytes after {tokens} tokens and the full cache "
             f"{memory.baseline_cache_bytes:,}, so nothing was pruned; check that the method prunes within the prompt"
         )
+
+
+def _check_grown(method: Method, cache: Cache) -> None:
+    """Check that pruning while decoding keeps each layer within an interval above its budget."""
+    for layer in cache.layers:
+        if not isinstance(layer, KnormLayer) or layer.press.schedule != "proportional" or layer.ratio == 1.0:
+            continue
+        most = max(share(layer.ratio, layer.seen), layer.press.keep_recent) + layer.press.prune_interval - 1
+        if layer.seen > layer.press.prune_after and layer.stored > most:
+            raise KnormError(
+                f"layer {layer.index} of {describe_method(method)} holds {layer.stored:,} tokens of {layer.seen:,}, "
+                f"and its policy at most {most:,}; check that the method prunes while decoding"
+            )
 
 
 def _tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:

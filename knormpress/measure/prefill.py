@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from knormpress.cache.cache import KnormCache
 from knormpress.errors import KnormError
 from knormpress.methods.method import Method, caches_of, describe_method
 from knormpress.policy.policy import Policy
 
-__all__ = ["expect_pruned", "filled_cache", "prefill", "slots_of"]
+__all__ = ["decode", "expect_pruned", "filled_cache", "prefill", "slots_of"]
 
 
 def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int | None = None) -> Tensor:
@@ -36,6 +37,24 @@ def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int 
     for part in prompt.split(chunk or prompt.shape[-1], dim=-1):
         logits: Tensor = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1]
+
+
+def decode(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
+    """Send known tokens through ``model`` as when they are decoded, in few passes where that is the same.
+
+    A full cache takes them all in one pass, and a ``KnormCache`` those that come before a pruning. The token after
+    which a layer prunes comes alone. Other caches get one token in a pass.
+
+    Args:
+        model, cache: as for ``prefill``.
+        ids: (1, n) token ids on the model's device; n may be 0.
+    """
+    while left := ids.shape[-1]:
+        most = left if type(cache) is DynamicCache else 1
+        with cache.as_single_tokens(left) if isinstance(cache, KnormCache) else nullcontext(most + 1) as count:
+            fed = ids[:, : max(1, count - 1)]
+            prefill(model, fed, cache)
+        ids = ids[:, fed.shape[-1] :]
 
 
 @contextmanager

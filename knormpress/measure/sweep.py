@@ -18,6 +18,7 @@ from typing import Any
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
 from knormpress.files import make_folder
+from knormpress.measure.cost import can_count, measure_cost
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
@@ -174,6 +175,12 @@ def _measure(
             policy=press,
             after_run=steps.tick,
         )
+        steps.begin(f"counted cost, {_ratio(press)}")
+        cost = None
+        if can_count(bench.model):
+            cost = measure_cost(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
+        else:
+            steps.count_nothing()
         steps.begin(f"timing, {_ratio(press)}")
         latency = measure_latency(
             bench.model,
@@ -196,6 +203,7 @@ def _measure(
             memory=memory,
             quality=qualities[press],
             retrieval=retrieved.get(press),
+            cost=cost,
             **known,
         )
 
@@ -309,7 +317,7 @@ class _Steps:
     def __init__(self, settings: SweepSettings, progress: Progress) -> None:
         self.progress = progress
         self.runs = 2 * (settings.effort.rounds + 1)
-        self.per_cell = self.runs + 2
+        self.per_cell = self.runs + 4
         self.texts = settings.effort.texts * len(tasks_of(settings.effort))
         self.documents = settings.effort.samples + self.texts
         self.cells = len(settings.candidates.presses)
@@ -339,6 +347,11 @@ class _Steps:
     def ask_nothing(self) -> None:
         """Subtract the steps of the retrieval of one prompt length, which can't be measured, from the total."""
         self.total -= self.texts
+        self.begin(self.doing)
+
+    def count_nothing(self) -> None:
+        """Subtract the steps of one cell's counted cost, which compiled code does not have, from the total."""
+        self.total -= 2
         self.begin(self.doing)
 
     def leave_out(self, cells: int) -> None:

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from knormpress.errors import KnormError
+from knormpress.measure.cost import measure_cost
 from knormpress.measure.latency import measure_latency
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.quality import measure_quality
@@ -16,7 +17,7 @@ from knormpress.methods.knorm import KnormPress
 from knormpress.methods.method import Method, describe_method
 from knormpress.methods.registry import make_method
 from knormpress.policy.policy import Policy
-from knormpress.records.figures import Latency, Memory, Quality
+from knormpress.records.figures import Cost, Latency, Memory, Quality
 from knormpress.records.schema import Entry, Result
 from knormpress.stats.gates import documents_to_decide, gate
 from knormpress.workload.bench import Bench
@@ -168,6 +169,20 @@ class Measured:
             conditions["decoded_tokens"] = new_tokens
         self._results["memory"] = Result(method=describe_method(method), conditions=conditions, memory=memory)
         return memory
+
+    def cost(self, method: Method, *, prompt_tokens: int, new_tokens: int | None, prefill_chunk: int | None) -> Cost:
+        """Count what the full cache and the method's cache cost."""
+        self._check_first("cost")
+        (prompt,) = self.bench.documents(length=prompt_tokens, count=1)
+        cost = measure_cost(self.bench.model, method, prompt, new_tokens=new_tokens, prefill_chunk=prefill_chunk)
+        conditions = {
+            "counted_prompt": prompt_tokens,
+            "tokens_before": cost.tokens_before,
+            "counted_tokens": cost.tokens,
+            "prefill_chunk": prefill_chunk,
+        }
+        self._results["cost"] = Result(method=describe_method(method), conditions=conditions, cost=cost)
+        return cost
 
     def quality(self, result: Result) -> None:
         """Store a result of ``score``."""

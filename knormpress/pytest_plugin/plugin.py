@@ -40,12 +40,13 @@ from knormpress.pytest_plugin.session import StoredRun
 if TYPE_CHECKING:
     from knormpress.methods.method import Method
     from knormpress.pytest_plugin.measured import Measured
-    from knormpress.records.figures import Latency, Memory
+    from knormpress.records.figures import Cost, Latency, Memory
     from knormpress.records.schema import Result
     from knormpress.workload.bench import Bench
 
 __all__ = [
     "knorm_bench",
+    "knorm_cost",
     "knorm_gate",
     "knorm_latency",
     "knorm_memory",
@@ -198,6 +199,24 @@ def knorm_memory(_knorm_measured: Measured, request: pytest.FixtureRequest) -> C
             new_tokens=new_tokens,
             prefill_chunk=prefill_chunk,
             policy=asked_of(request.config, method),
+        )
+
+    return measure
+
+
+@pytest.fixture
+def knorm_cost(_knorm_measured: Measured) -> Callable[..., Cost]:
+    """Count operators, bytes, FLOPs and host reads of a method and of the full cache: the same on every machine.
+
+    Called as ``knorm_cost(method, prompt_tokens=1024, new_tokens=None, prefill_chunk=None)``: for the prefill, and for
+    the tokens around a pruning, or as many tokens as are asked for.
+    """
+
+    def measure(
+        method: Method, *, prompt_tokens: int = 1024, new_tokens: int | None = None, prefill_chunk: int | None = None
+    ) -> Cost:
+        return _knorm_measured.cost(
+            method, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prefill_chunk=prefill_chunk
         )
 
     return measure

@@ -24,10 +24,14 @@ __all__ = [
     "LONG_RANGE_NATS",
     "ROUNDING_KL",
     "SPEED_MOVED",
+    "Cost",
+    "Counted",
+    "Counts",
     "Divergence",
     "DocumentScore",
     "Latency",
     "Memory",
+    "Phase",
     "Quality",
     "Reading",
     "Run",
@@ -48,6 +52,12 @@ SPEED_MOVED: Final = 10.0
 
 Timed: TypeAlias = Literal["ttft", "tpot", "throughput"]
 """The figures of a timed generation that are compared in pairs."""
+
+Counted: TypeAlias = Literal["ops", "moved", "flops", "allocated", "host_reads"]
+"""The figures of a counted cost that are compared."""
+
+Phase: TypeAlias = Literal["prefill", "decode"]
+"""The parts of a generation that are counted apart."""
 
 
 class Strict(BaseModel):
@@ -211,10 +221,68 @@ class Memory(Strict):
         return self.candidate_cache_bytes / self.baseline_cache_bytes if self.baseline_cache_bytes else math.nan
 
     @property
+    def decoded_ratio(self) -> float | None:
+        """``ratio`` after decoding; None where nothing was decoded, or a cache holds no bytes."""
+        full, own = self.baseline_decoded_bytes, self.candidate_decoded_bytes
+        return own / full if full and own else None
+
+    @property
     def change(self) -> Change:
         """The change of the bytes. They are counted exactly, so the interval is the figure itself."""
         change = percent(self.ratio)
         return Change(change, change, change)
+
+
+class Counts(Strict):
+    """What a piece of work took, as exact sums.
+
+    Args:
+        ops: operators dispatched.
+        moved: bytes that they read and wrote; views are free.
+        flops: floating-point operations of their matrix products.
+        allocated: bytes of the storages that they made.
+        host_reads: how often the host waited for a figure of the device.
+        attention: how often an attention module was called.
+    """
+
+    ops: int
+    moved: int
+    flops: int
+    allocated: int
+    host_reads: int
+    attention: int
+
+
+class Cost(Strict):
+    """The counted cost of the full cache and of the candidate, see ``measure.cost``.
+
+    The decoded tokens are ``tokens`` ones that come after the prompt and ``tokens_before`` more.
+    """
+
+    baseline_prefill: Counts
+    candidate_prefill: Counts
+    baseline_decode: Counts
+    candidate_decode: Counts
+    tokens_before: int
+    tokens: int
+
+    def full(self, phase: Phase, name: Counted) -> float:
+        """The full cache's figure, for the prefill or for one decoded token."""
+        return self._figure(self.baseline_prefill, self.baseline_decode, phase, name)
+
+    def candidate(self, phase: Phase, name: Counted) -> float:
+        """The candidate's figure, for the prefill or for one decoded token."""
+        return self._figure(self.candidate_prefill, self.candidate_decode, phase, name)
+
+    def change(self, phase: Phase, name: Counted) -> Change:
+        """The change of a figure. It is counted exactly, so the interval is the figure itself. NaN if it was 0."""
+        full = self.full(phase, name)
+        change = percent(self.candidate(phase, name) / full) if full else math.nan
+        return Change(change, change, change)
+
+    def _figure(self, prefill: Counts, decode: Counts, phase: Phase, name: Counted) -> float:
+        counts, units = (prefill, 1) if phase == "prefill" else (decode, self.tokens)
+        return float(getattr(counts, name)) / units
 
 
 class DocumentScore(Strict):

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from knormpress.records.figures import Latency, Memory, Quality, Strict
+from knormpress.records.figures import Cost, Latency, Memory, Quality, Strict
 from knormpress.records.retrieval import Retrieval
 
 __all__ = [
@@ -104,6 +104,7 @@ class Record(Strict):
     memory: Memory
     quality: Quality
     retrieval: Retrieval | None = None
+    cost: Cost | None = None
 
     @property
     def keep_ratio(self) -> float:
@@ -123,7 +124,7 @@ class Result(Strict):
     Args:
         method: a text for the method that is the same for equal methods.
         conditions: such as numbers of prompt and scored tokens, by name; only results with equal ones are compared.
-        latency, memory, quality, retrieval: the measurements that were made.
+        latency, memory, quality, retrieval, cost: the measurements that were made.
     """
 
     method: str
@@ -132,6 +133,7 @@ class Result(Strict):
     memory: Memory | None = None
     quality: Quality | None = None
     retrieval: Retrieval | None = None
+    cost: Cost | None = None
 
 
 class Entry(Result):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from knormpress.compare.promises import Judgement, judge_claims, judge_targets, losses
 from knormpress.compare.settings import group_records
-from knormpress.records.figures import Speed
+from knormpress.records.figures import Counted, Phase, Speed
 from knormpress.records.schema import Record
 from knormpress.show.console import StackingTable, make_console
 from knormpress.stats.intervals import Change
@@ -49,6 +50,9 @@ def render(records: Sequence[Record], beside: Sequence[Record] = ()) -> Renderab
     more = beyond_the_mean(records)
     if more:
         parts.append(_beyond_the_mean(more))
+    counted = [record for record in records if record.cost is not None]
+    if counted:
+        parts.append(_counted(counted))
     verdicts = [*judge_targets(records), *judge_claims(records, beside)]
     if verdicts:
         parts += [_verdicts(verdicts), *_reasons(verdicts)]
@@ -239,6 +243,24 @@ def _beyond_the_mean(records: Sequence[Record]) -> Table:
             "-" if quality.long_range is None else f"{quality.long_range_tokens:,}",
             "-" if quality.decoded is None else _two_lines(quality.decoded),
         )
+    return table
+
+
+def _counted(records: Sequence[Record]) -> Table:
+    names: tuple[Counted, ...] = get_args(Counted)
+    phases: tuple[Phase, ...] = get_args(Phase)
+    table = _table(
+        "Counted cost against the full cache",
+        ("keep\nratio", "", "operators\n", "bytes\nmoved", "FLOPs\n", "bytes\nallocated", "host\nreads"),
+        "The same on every machine. Of decoded tokens the mean, a pruning among them; host reads as a figure of each.",
+    )
+    for record in records:
+        cost = record.cost
+        assert cost is not None
+        for phase in phases:
+            changes = [str(cost.change(phase, name)) for name in names[:-1]]
+            reads = f"{cost.candidate(phase, 'host_reads'):.3g}"
+            table.add_row(record.label if phase == phases[0] else "", phase, *changes, reads)
     return table
 
 

@@ -1,4 +1,4 @@
-"""Time and bytes of a generation, for every device and keep ratio, against the full cache in the same run.
+"""Time, counted cost and bytes of a generation, for every device and keep ratio, against the full cache.
 
 Nothing here gates an absolute time: the figures go to pytest-benchmark's table, and are compared with earlier runs.
 """
@@ -13,6 +13,8 @@ PROMPT_TOKENS = 1024
 NEW_TOKENS = 32
 # As many as give an interval; --knorm-seconds adds more.
 LEAST_PAIRS = 3
+# At keep 0.9 a cache is pruned again after 640 tokens.
+DECODED_TOKENS = 704
 
 
 @pytest.mark.benchmark(group=f"generation of {NEW_TOKENS} tokens after {PROMPT_TOKENS}")
@@ -24,9 +26,19 @@ def test_generation(knorm_latency, knorm_method, quick):
     assert all(len(run.gaps_s) == new_tokens - 1 for run in (*latency.baseline, *latency.candidate))
 
 
+def test_counted_cost(knorm_cost, knorm_method, quick):
+    found = knorm_cost(knorm_method, prompt_tokens=512 if quick else PROMPT_TOKENS)
+    assert found.candidate_prefill.attention == found.baseline_prefill.attention
+    assert found.candidate_decode.attention == found.baseline_decode.attention
+    # Pruning is paid for by what it saves.
+    for name in ("moved", "flops", "allocated"):
+        assert found.candidate("decode", name) <= found.full("decode", name)
+
+
 def test_cache_bytes_are_those_of_the_policy(knorm_bench, knorm_press, knorm_method, knorm_memory, quick):
     tokens = 512 if quick else PROMPT_TOKENS
-    found = knorm_memory(knorm_method, prompt_tokens=tokens)
+    # That the cache stays within its policy's bound while decoding is checked there.
+    found = knorm_memory(knorm_method, prompt_tokens=tokens, new_tokens=40 if quick else DECODED_TOKENS)
     config = knorm_bench.model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slot = 2 * head_size * knorm_bench.model.dtype.itemsize

@@ -42,7 +42,9 @@ def test_the_same_figures_are_ok() -> None:
 def test_the_losses_that_are_allowed() -> None:
     """As the documents say: a change of any of these is a change of what a comparison promises."""
     times = {"ttft": 10.0, "tpot": 5.0, "throughput": 5.0, "ttft_s": 25.0, "tpot_s": 25.0}
-    assert {**times, "bytes": 0.5, "ppl": 1.0, "kl": 5.0, "found": 2.0, "answers": 5.0} == THRESHOLDS
+    names = ("bytes", "decoded_bytes", "ops", "moved", "flops", "allocated", "host_reads")
+    counts = dict.fromkeys(names, 0.5)
+    assert {**times, **counts, "ppl": 1.0, "kl": 5.0, "found": 2.0, "answers": 5.0} == THRESHOLDS
 
 
 @pytest.mark.parametrize("metric", ["ttft", "tpot"])
@@ -122,7 +124,55 @@ def test_more_bytes_are_a_regression() -> None:
     assert verdict.word == "regressed"
     assert verdict.reason.startswith("bytes +5.0 %")
     assert "0.5 %" in verdict.reason
-    assert words(judged(more, before)) == {"bytes": "improved"}
+    assert words(judged(more, before)) == {"bytes": "improved", "decoded_bytes": "ok"}
+
+
+def test_a_cache_that_grows_while_decoding_is_a_regression() -> None:
+    before = make_entry(parts=("memory",))
+    assert before.memory is not None
+    assert before.memory.candidate_decoded_bytes is not None
+    grown = changed(before, "memory", candidate_decoded_bytes=before.memory.candidate_decoded_bytes * 104 // 100)
+    assert words(judged(before, grown)) == {"bytes": "ok", "decoded_bytes": "regressed"}
+    # Nothing was decoded then.
+    alone = changed(before, "memory", candidate_decoded_bytes=None, baseline_decoded_bytes=None)
+    assert words(judged(alone, grown)) == {"bytes": "ok"}
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["ops", "moved", "flops", "allocated", "host_reads"])
+def test_a_count_that_rises_is_named_with_its_phase(name: str, phase: str) -> None:
+    before = make_entry(parts=("cost",))
+    assert before.cost is not None
+    counts = getattr(before.cost, f"candidate_{phase}")
+
+    def now(percent: float) -> Verdict:
+        more = counts.model_copy(update={name: math.ceil(getattr(counts, name) * (1 + percent / 100))})
+        return judged(before, changed(before, "cost", **{f"candidate_{phase}": more}))
+
+    verdict = now(1.0)
+    assert {metric for metric, word in words(verdict).items() if word == "regressed"} == {name}
+    assert verdict.reason.startswith(f"{name} {phase} +")
+    assert figure(verdict, name).figures[0].startswith(phase)
+    assert words(now(-20.0))[name] == "improved"
+    if getattr(counts, name) > 1_000:
+        assert words(now(0.4))[name] == "ok"
+
+
+def test_counts_from_nothing_are_a_regression() -> None:
+    before = make_entry(parts=("cost",))
+    assert before.cost is not None
+    none = changed(before, "cost", candidate_decode=before.cost.candidate_decode.model_copy(update={"host_reads": 0}))
+    assert "decode was 0" in figure(judged(none, before), "host_reads").reason
+    assert words(judged(none, none))["host_reads"] == "ok"
+
+
+@pytest.mark.parametrize("kind", ["torch", "transformers", "device"])
+def test_counts_of_other_versions_are_not_compared(kind: str) -> None:
+    before = make_entry(parts=("memory", "cost"))
+    verdict = judged(before, changed(before, "environment", **{kind: "another"}))
+    assert {words(verdict)[name] for name in ("ops", "moved", "flops", "allocated", "host_reads")} == {"incomparable"}
+    assert f"{kind} differs" in verdict.reason
+    assert verdict.word == "ok"
 
 
 def test_quality_is_paired_token_by_token() -> None:
@@ -138,7 +188,7 @@ def test_quality_is_paired_token_by_token() -> None:
 def test_the_quality_of_other_documents_is_incomparable() -> None:
     before = make_entry(parts=("memory", "quality"))
     verdict = judged(before, make_entry(parts=("memory", "quality"), documents=5))
-    assert words(verdict) == {"bytes": "ok", "ppl": "incomparable", "kl": "incomparable"}
+    assert words(verdict) == {"bytes": "ok", "decoded_bytes": "ok", "ppl": "incomparable", "kl": "incomparable"}
     assert verdict.word == "ok"
 
 
@@ -168,7 +218,8 @@ def test_a_quality_that_is_no_number_is_never_ok(figures: dict[str, Any]) -> Non
     documents = tuple(document.model_copy(update=figures) for document in sound.quality.documents)
     broken = changed(sound, "quality", documents=documents)
     assert judged(sound, broken).word == "regressed"
-    assert words(judged(broken, sound)) == {"bytes": "ok", "ppl": "incomparable", "kl": "incomparable"}
+    found = words(judged(broken, sound))
+    assert found == {"bytes": "ok", "decoded_bytes": "ok", "ppl": "incomparable", "kl": "incomparable"}
 
 
 def test_entries_without_a_figure_in_common_are_incomparable() -> None:

@@ -110,6 +110,7 @@ class MadeUp:
         patch.setattr(sweep, "cold_ttft", lambda *_, **__: None)
         patch.setattr(sweep, "weights_tpot", lambda *_: 0.001)
         patch.setattr(sweep, "measure_memory", lambda *_, **__: record.memory)
+        patch.setattr(sweep, "measure_cost", lambda *_, **__: record.cost)
         patch.setattr(sweep, "measure_latency", self.latency)
         patch.setattr(sweep, "measure_quality", self.quality)
 
@@ -141,6 +142,8 @@ def test_every_cell_is_measured_and_written(measured: Measured) -> None:
         assert record.conditions.context_tokens == record.conditions.prompt_tokens == 48
         assert record.policy.prune_after == 16
         assert record.environment.device == "cpu"
+        assert record.cost is not None
+        assert record.cost.candidate_prefill.attention == record.cost.baseline_prefill.attention > 0
     memory = [record.memory for record in records]
     assert len({use.baseline_cache_bytes for use in memory}) == 1
     assert memory[0].candidate_cache_bytes == memory[0].baseline_cache_bytes
@@ -168,9 +171,9 @@ def test_quality_is_that_of_the_documents_one_by_one(settings: SweepSettings, me
 def test_steps_go_up_one_by_one_to_the_total(measured: Measured) -> None:
     told = measured.told
     done = [step[0] for step in told.steps]
-    # 2 documents, and for each of 3 cells 2 memory passes and 2 runs in each of 2 rounds and a warm-up
-    assert {total for _, total, _ in told.steps} == {2 + 3 * (2 + 6)}
-    assert done[-1] == 26
+    # 2 documents, and for each of 3 cells 2 passes for memory, 2 for cost, and 2 runs in each of 2 rounds and a warm-up
+    assert {total for _, total, _ in told.steps} == {2 + 3 * (4 + 6)}
+    assert done[-1] == 32
     assert all(after - before in (0, 1) for before, after in itertools.pairwise(done))
     assert "text.txt" in told.lines[0]
 
@@ -456,7 +459,7 @@ def test_usual_tasks_that_a_model_can_not_have_are_left_out_and_named_ones_are_a
     (record,) = run(changed(settings, keep_ratios=(0.3,), tasks=None), path, progress=told)
     assert record.retrieval is None
     assert any(line.startswith("no retrieval: ") for line in told.lines)
-    assert told.steps[-1][1] == 2 + (2 + 6)
+    assert told.steps[-1][1] == 2 + (4 + 6)
     # The cell is the same cell when it is asked for again.
     assert list(run(changed(settings, keep_ratios=(0.3,), tasks=None), path)) == [record]
     for tasks, expected in ((("json",), "json"), (("haystack",), "no task 'haystack'")):

@@ -82,6 +82,25 @@ def test_pruning_skipped_silently(after_a_sound_run: Run) -> None:
     result.assert_outcomes(passed=2, failed=4)
 
 
+def test_a_read_of_the_host_in_each_layer(run: Run) -> None:
+    """Decided in one run each, at every keep ratio."""
+    harness = "def test_cost(knorm_cost, knorm_press):\n    knorm_cost(knorm_press, prompt_tokens=120, new_tokens=2)\n"
+    run(harness, "--knorm-compare", **WIDE).assert_outcomes(passed=3)
+    sound = KnormLayer.update
+
+    def reading(self: KnormLayer, *states: Any, **named: Any) -> Any:
+        states[0][0, 0, -1].tolist()
+        return sound(self, *states, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KnormLayer, "update", reading)
+        result = run(harness, "--knorm-compare", **WIDE)
+        result.assert_outcomes(failed=3)
+        assert "regressed: " in lines(result)
+        assert "host_reads prefill +" in lines(result)
+    run(harness, "--knorm-compare", **WIDE).assert_outcomes(passed=3)
+
+
 def test_scoring_with_the_full_cache(run: Run) -> None:
     """Caught even by a first run, which has nothing to compare with."""
     teacher_forced = quality._teacher_forced

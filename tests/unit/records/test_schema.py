@@ -17,7 +17,7 @@ from knormpress.records.figures import (
     Run,
     ppl_change_between,
 )
-from knormpress.records.schema import ratio_label
+from knormpress.records.schema import Record, ratio_label
 from knormpress.stats.intervals import Change
 from tests.record_factory import make_record
 
@@ -144,6 +144,23 @@ def test_decoded_is_against_the_full_cache_too() -> None:
     assert found.ppl.percent == pytest.approx(100 * math.expm1(0.1))
     assert scores.decoded is None
     assert with_values(scores, "decoded_nll", first, ()).decoded is None
+
+
+def test_the_cost_of_a_prefill_and_of_a_token() -> None:
+    record = make_record(0.7)
+    cost = record.cost
+    assert cost is not None
+    assert cost.full("prefill", "ops") == 2_100
+    assert cost.candidate("decode", "host_reads") == (16 + 87) / 16
+    assert cost.change("decode", "host_reads").percent == pytest.approx(100 * 87 / 16)
+    assert cost.change("decode", "ops").interval
+    none = cost.baseline_decode.model_copy(update={"flops": 0})
+    assert math.isnan(cost.model_copy(update={"baseline_decode": none}).change("decode", "flops").percent)
+
+
+def test_records_without_cost_are_read() -> None:
+    stored = make_record(0.7).model_dump(exclude={"cost"})
+    assert Record(**stored).cost is None
 
 
 def test_scores_of_earlier_versions_are_read() -> None:

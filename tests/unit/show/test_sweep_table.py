@@ -180,3 +180,14 @@ def test_a_cold_call_measured_in_another_setting_is_told_of_too() -> None:
 
 def test_names_with_brackets_are_printed_as_they_are() -> None:
     assert "model[bold]/x[/bold]" in printed([make_record(model_name="model[bold]/x[/bold]")])
+
+
+def test_counted_cost_stands_in_a_table_of_its_own_where_it_was_counted() -> None:
+    (record,) = make_records((0.7,))
+    assert record.cost is not None
+    text = printed([record])
+    lines = text[text.index("Counted cost against the full cache") :].splitlines()
+    (decode,) = (line.split() for line in lines if line.lstrip().startswith("decode"))
+    changes = [record.cost.change("decode", name) for name in ("ops", "moved", "flops", "allocated")]
+    assert decode == ["decode", *" ".join(map(str, changes)).split(), "6.44"]
+    assert "Counted cost" not in printed([record.model_copy(update={"cost": None})])
