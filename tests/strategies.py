@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from knormpress import KnormPress
 from knormpress.cache.score import StoredTokens
+from knormpress.cache.scores.named import SCORES
 
 VOCABULARY = 97
 
@@ -109,8 +110,9 @@ ratios = st.one_of(st.sampled_from([0.05, 0.3, 0.5, 0.7, 0.9, 1.0]), st.floats(0
 
 
 @st.composite
-def presses(draw: st.DrawFn, layers: int = 3) -> KnormPress:
-    """Policies that prune tiny prompts, uniform or with a plan per layer."""
+def presses(draw: st.DrawFn, layers: int = 3, *, scored: bool = False) -> KnormPress:
+    """Policies that prune tiny prompts, uniform or with a plan per layer; where ``scored``, by any built-in scores."""
+    names = st.lists(st.sampled_from(sorted(SCORES)), min_size=layers, max_size=layers).map(tuple)
     plan = st.lists(ratios, min_size=layers, max_size=layers).map(tuple)
     skipped = st.lists(st.integers(-layers, layers - 1), max_size=layers - 1).map(tuple)
     return KnormPress(
@@ -121,6 +123,7 @@ def presses(draw: st.DrawFn, layers: int = 3) -> KnormPress:
         keep_recent=draw(st.sampled_from([0, 0, 1, 5])),
         prune_interval=draw(st.sampled_from([1, 2, 5])),
         schedule=draw(st.sampled_from(["proportional", "iterative"])),
+        layer_scores=draw(st.none() | names) if scored else None,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from knormpress.cache.layer import KnormLayer, LayerStats, TokenLog, layer_stats
 from knormpress.cache.masks import SharedMask, flex_mask, layer_mask, real_tokens
 from knormpress.cache.saving import expect_lasting_name, is_score, read_state, write_state
 from knormpress.cache.score import Score, expect_score, key_norms, name_of
+from knormpress.cache.scores.named import SCORES, score_named
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 
@@ -51,7 +53,7 @@ class KnormCache(MaskedCache):
     Args:
         model: a decoder with at least one full-attention layer.
         press: the policy.
-        score: ranks the tokens, of which the lowest are kept; the L2 norm of the keys unless given.
+        score: ranks the tokens of every layer, of which the lowest are kept; as ``press`` says unless given.
         offloading: move layers to the CPU while they are not computed, as transformers' offloaded cache does (CUDA).
 
     Raises:
@@ -60,7 +62,7 @@ class KnormCache(MaskedCache):
     """
 
     def __init__(
-        self, model: PreTrainedModel, press: Policy, score: Score = key_norms, *, offloading: bool = False
+        self, model: PreTrainedModel, press: Policy, score: Score | None = None, *, offloading: bool = False
     ) -> None:
         if not isinstance(model, nn.Module) or not isinstance(press, Policy):
             raise KnormError(
@@ -71,7 +73,9 @@ class KnormCache(MaskedCache):
         layers = layers_for(model)
         prunable = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         ratios = press.ratios(len(layers))
-        expect_score(score)
+        if score is not None:
+            expect_score(score)
+        scores = [score or score_named(name) for name in press.scores(len(layers))]
         self.hooks = MaskHooks.on(model)
         if not self.hooks.layers.issuperset(prunable):
             raise KnormError(
@@ -80,7 +84,7 @@ class KnormCache(MaskedCache):
             )
         self.log = TokenLog()
         for index in prunable:
-            layers[index] = KnormLayer(index, press, ratios[index], score, self.log)
+            layers[index] = KnormLayer(index, press, ratios[index], scores[index], self.log)
         if offloading and model.device.type != "cuda":
             raise KnormError(f"offloading is for models on CUDA, this one is on {model.device}; use offloading=False")
         super().__init__(layers=layers, offloading=offloading)
@@ -275,7 +279,9 @@ class KnormCache(MaskedCache):
             KnormError: a layer's state can't be saved (such as linear attention), the score has no name of its own
                 (a lambda), or the file can't be written.
         """
-        expect_lasting_name(self.score)
+        by = None if self.score is None and self.press.layer_scores else self.score or key_norms
+        if by is not None:
+            expect_lasting_name(by)
         self._settle()
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
@@ -291,14 +297,14 @@ class KnormCache(MaskedCache):
             tensors["real"] = self.log.real
         state = {
             "press": self.press.as_dict(),
-            "score": name_of(self.score),
+            "score": None if by is None else name_of(by),
             "seen": self.log.seen,
             "layers": layers,
         }
         write_state(Path(path), self.model, tensors, state)
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel, score: Score = key_norms) -> KnormCache:
+    def load(cls, path: str | Path, model: PreTrainedModel, score: Score | None = None) -> KnormCache:
         """Load the cache that ``save`` wrote, ready for the next question.
 
         The file knows the policy, but not the object that it came from: ``press`` of the loaded cache is a ``Policy``
@@ -307,8 +313,8 @@ class KnormCache(MaskedCache):
         Args:
             path: the file.
             model: the model that filled the cache, in the same dtype.
-            score: the score of the saved cache, if it was not the L2 norm of the keys. It is known by its module and
-                name alone: whether its code is as it was is not checked.
+            score: the score that the saved cache was made with, if one was given. It is known by its module and name
+                alone: whether its code is as it was is not checked.
 
         Raises:
             KnormError: the file is missing or incomplete, or is for another model, format version or score; or the
@@ -319,11 +325,18 @@ class KnormCache(MaskedCache):
                 f"KnormCache.load got {_short(path)} as the path and {_short(model)} as the model; wanted a path and a "
                 "loaded model: load(path, model)"
             )
-        expect_lasting_name(score)
+        if score is not None:
+            expect_lasting_name(score)
         tensors, state = read_state(Path(path), model)
-        if not is_score(state["score"], score):
-            raise KnormError(f"{path} holds a cache pruned by {state['score']}; load it with that score")
-        cache = cls(model, Policy(**state["press"]), score)
+        press, by = Policy(**state["press"]), state["score"]
+        if not (score is None if by is None else is_score(by, score or key_norms)):
+            wanted = f"by {by}; load it with that score" if by else "as its press says; load it without a score"
+            raise KnormError(f"{path} holds a cache pruned {wanted}")
+        for name in press.layer_scores or ():
+            # A file must not decide what code is imported.
+            if name not in SCORES and name.partition(":")[0] not in sys.modules:
+                raise KnormError(f"{path} holds a cache pruned by {name}; import its module, then load it")
+        cache = cls(model, press, None if by is None else score or key_norms)
         cache.log.seen, cache.log.real = state["seen"], tensors.pop("real", None)
         devices = cache.hooks.devices
         if cache.log.real is not None:

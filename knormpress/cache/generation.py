@@ -14,7 +14,8 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from knormpress.cache.cache import KnormCache
-from knormpress.cache.score import Score, key_norms
+from knormpress.cache.score import Score
+from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 
 __all__ = ["generation_through", "pruned_generation"]
@@ -22,7 +23,7 @@ __all__ = ["generation_through", "pruned_generation"]
 
 @contextmanager
 def pruned_generation(
-    model: PreTrainedModel, press: Policy, score: Score = key_norms
+    model: PreTrainedModel, press: Policy, score: Score | None = None, prefill_chunk: int | None = None
 ) -> Iterator[Callable[[], KnormCache]]:
     """Give every ``generate()`` of ``model`` a fresh ``KnormCache``, see ``generation_through``.
 
@@ -33,19 +34,26 @@ def pruned_generation(
         return KnormCache(model, press, score)
 
     new_cache()  # raise errors about the model or the press here, not during generation
-    with generation_through(model, new_cache):
+    with generation_through(model, new_cache, prefill_chunk):
         yield new_cache
 
 
 @contextmanager
-def generation_through(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Iterator[None]:
+def generation_through(
+    model: PreTrainedModel, new_cache: Callable[[], Cache], prefill_chunk: int | None = None
+) -> Iterator[None]:
     """Give every ``generate()`` of ``model`` a cache from ``new_cache``, unless the call passes a cache or disables it.
+
+    With ``prefill_chunk``, the prompt is sent in chunks of at most so many tokens; it stands for the
+    ``prefill_chunk_size`` of ``generate()``, where the call gives none.
 
     Contexts may be nested, in any order of leaving: the innermost one that is open is used. A context counts for the
     thread or asyncio task that opened it, and for tasks started inside it; another thread opens its own.
     """
     # torch.compile's wrapper hands `generate` on to the model inside it.
-    opened = _Opened(_Generate.on(getattr(model, "_orig_mod", model)), new_cache)
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise KnormError(f"prefill_chunk is {prefill_chunk}; wanted at least 1 token")
+    opened = _Opened(_Generate.on(getattr(model, "_orig_mod", model)), new_cache, prefill_chunk)
     _stack.set((*_stack.get(), opened))
     try:
         yield
@@ -58,8 +66,8 @@ def generation_through(model: PreTrainedModel, new_cache: Callable[[], Cache]) -
 class _Opened:
     """One context. Tasks that were started inside it still know it when it has ended, so it says whether it has."""
 
-    def __init__(self, wrapper: _Generate, new_cache: Callable[[], Cache]) -> None:
-        self.wrapper, self.new_cache, self.is_open = wrapper, new_cache, True
+    def __init__(self, wrapper: _Generate, new_cache: Callable[[], Cache], prefill_chunk: int | None) -> None:
+        self.wrapper, self.new_cache, self.prefill_chunk, self.is_open = wrapper, new_cache, prefill_chunk, True
 
 
 class _Generate:
@@ -104,6 +112,8 @@ class _Generate:
             config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
             if kwargs.get("use_cache", config.use_cache) is not False:
                 kwargs["past_key_values"] = opened[-1].new_cache()
+                if opened[-1].prefill_chunk is not None and config.prefill_chunk_size is None:
+                    kwargs.setdefault("prefill_chunk_size", opened[-1].prefill_chunk)
         return self._original(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

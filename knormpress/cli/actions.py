@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -58,8 +58,8 @@ def measure_cells(candidates: Candidates, effort: Effort, source: Source, path: 
         return list(run(settings, path, fresh=fresh, progress=progress))
 
 
-def search_plan(targets: Targets, source: Source, path: Path, *, context: int, minutes: float, fresh: bool) -> Plan:
-    """Search for a plan with ``tune.search.tune``, which writes it to ``path``.
+def search_plan(targets: Targets, source: Source, path: Path, *, fresh: bool, **how: Any) -> Plan:
+    """Search for a plan with ``tune.search.tune``, which writes it to ``path``; ``how`` are its other arguments.
 
     Raises:
         KnormError: the name of ``path`` doesn't end in .json, by which ``plot`` and ``report`` recognise a plan.
@@ -78,7 +78,7 @@ def search_plan(targets: Targets, source: Source, path: Path, *, context: int, m
         if text.notice:
             progress.say(text.notice)
         bench = Bench.open(source.model, text, device=resolve(source.one_device), dtype=source.dtype)
-        return tune(bench, targets, path, context=context, minutes=minutes, fresh=fresh, progress=progress)
+        return tune(bench, targets, path, fresh=fresh, progress=progress, **how)
 
 
 def judge_runs(

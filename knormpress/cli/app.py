@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
-from knormpress.cli.options import Fresh, Json, Output, Quick, number, taking
+from knormpress.cli.options import Cost, Fresh, Json, Output, Quick, number, taking
 from knormpress.errors import KnormError
 from knormpress.files import room_for, writing
-from knormpress.measure.options import Candidates, Effort, Source
+from knormpress.measure.options import Candidates, Effort, Source, words
 
 __all__ = ["app", "main"]
 
@@ -72,7 +72,7 @@ def baseline(
     """
     from knormpress.show.full_cache import describe_full_cache
 
-    full = Candidates(keep_ratios=(1.0,), method="full")
+    full = Candidates(keep_ratios=(1.0,), method="full", plan=None)
     effort = effort.quick() if quick else effort
     effort = replace(effort, tasks=effort.tasks or ())  # what the full cache finds is all that it could lose
     for record in measure_cells(full, effort, source, output / _BASELINE_FILE, fresh=fresh):
@@ -92,6 +92,7 @@ def sweep(
     source: Source,
     effort: Effort,
     quick: Quick = False,
+    cost: Cost = False,
     output: Output = _RESULTS,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -112,7 +113,8 @@ def sweep(
     from knormpress.show.sweep_table import print_tables
 
     path = output / _SWEEP_FILE
-    records = measure_cells(candidates, effort.quick() if quick else effort, source, path, fresh=fresh)
+    effort = replace(effort.quick() if quick else effort, cost=cost)
+    records = measure_cells(candidates, effort, source, path, fresh=fresh)
     if as_json:
         for record in records:
             typer.echo(record.model_dump_json())
@@ -127,16 +129,19 @@ def tune(
     *,
     source: Source,
     target_ppl: Annotated[str, typer.Option(help="Allowed rise of perplexity, in %.")] = "5%",
-    target_passkey: Annotated[
-        str, typer.Option(help='Share of the passkeys that must still be found, or "none".')
+    target_retrieval: Annotated[
+        str, typer.Option(help='Share of the full cache\'s items that must still be found, or "none".')
     ] = "0.9",
-    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan takes extra time.")] = 4.0,
+    scores: Annotated[
+        str, typer.Option(help="Scores that a layer may get, separated by commas; module:object for your own.")
+    ] = "knorm,keydiff,keydiff-128,leverage",
+    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan takes extra time.")] = 5.0,
     context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned for.")] = 1024,
     output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the measurements of an earlier search.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find one keep ratio per layer, to keep as few tokens as possible within an allowed loss.
+    """Find a keep ratio and a score for each layer, to keep as few tokens as possible within an allowed loss.
 
     The search uses some of the text's documents; the plan is measured on the others, beside uniform ratios and other
     methods. After a stop, the same command continues.
@@ -144,18 +149,19 @@ def tune(
     \b
     Examples:
       knormpress tune --target-ppl 5%
-      knormpress tune --target-ppl 1% --target-passkey none --minutes 20 --output plan-1.json
+      knormpress tune --target-ppl 1% --target-retrieval none --scores knorm --minutes 20 --output plan-1.json
       knormpress sweep --plan results/plan.json --keep-ratios 1.0,0.8
     """
     from knormpress.show.plan_table import print_plan
     from knormpress.tune.search import Targets
 
     percent = number("target_ppl", target_ppl.strip().removesuffix("%"))
-    share = None if target_passkey.strip().lower() == "none" else number("target_passkey", target_passkey)
+    share = None if target_retrieval.strip().lower() == "none" else number("target_retrieval", target_retrieval)
     plan = search_plan(
         Targets(percent, share),
         source,
         output,
+        scores=words(scores),
         context=context,
         minutes=minutes,
         fresh=fresh,

@@ -13,10 +13,14 @@ import typer
 from knormpress.errors import KnormError
 from knormpress.measure.options import Option, options_of, read_option
 
-__all__ = ["Fresh", "Json", "Output", "Quick", "number", "taking"]
+__all__ = ["Cost", "Fresh", "Json", "Output", "Quick", "number", "taking"]
 
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything again; the earlier results are renamed.")]
+Cost = Annotated[
+    bool,
+    typer.Option("--cost", help="Also count operators, bytes, FLOPs and host reads; takes 20 s more a cell."),
+]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Few repetitions: shows that everything runs, but decides little.")
 ]

@@ -12,12 +12,16 @@ __all__ = ["differences", "group_records", "newest", "setting"]
 def group_records(records: Iterable[Record]) -> list[list[Record]]:
     """Group the records that differ only in keep ratio; each group is sorted from the highest keep ratio down.
 
-    Of the records of one cell only the newest is used, see ``newest``.
+    A plan joins the first group that it can be compared with. Of the records of one cell only the newest is used, see
+    ``newest``.
     """
     groups: dict[tuple[object, ...], dict[object, Record]] = {}
-    for record in newest(records):
-        cells = groups.setdefault(tuple(setting(record).values()), {})
-        cells[_ratios(record)] = record
+    for record in sorted(newest(records), key=lambda record: record.policy.layer_keep_ratios is not None):
+        key = tuple(setting(record).values())
+        if record.policy.layer_keep_ratios:
+            beside = (group for group, cells in groups.items() if _comparable(record, next(iter(cells.values()))))
+            key = next(beside, key)
+        groups.setdefault(key, {})[_ratios(record)] = record
     return [sorted(cells.values(), key=lambda record: -record.keep_ratio) for cells in groups.values()]
 
 
@@ -70,5 +74,11 @@ def setting(record: Record) -> dict[str, object]:
     }
 
 
+def _comparable(plan: Record, other: Record) -> bool:
+    """Whether a plan's record differs from another one only in what a plan decides."""
+    return not set(differences([plan, other])) - {"kind of ratio", "skip_layers", "keep_recent", "layer scores"}
+
+
 def _ratios(record: Record) -> object:
-    return record.policy.layer_keep_ratios or record.policy.keep_ratio
+    policy = record.policy
+    return (policy.layer_keep_ratios, policy.layer_scores) if policy.layer_keep_ratios else policy.keep_ratio

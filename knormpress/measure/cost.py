@@ -6,11 +6,12 @@ run, so that a change of half a percent can be decided in one run, on a busy mac
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ from knormpress.methods.method import Method, caches_of
 from knormpress.policy.policy import Policy, share
 from knormpress.records.figures import Cost, Counts
 
-__all__ = ["can_count", "measure_cost"]
+__all__ = ["Prefilled", "can_count", "count_full_prefill", "measure_cost"]
 
 # A token of the default model takes 0.1 to 0.2 s while it is counted.
-_WINDOW = 16
+_WINDOW = 8
 
 # A pruning that is further away than this is not waited for.
 _FARTHEST = 2_048
@@ -44,28 +45,42 @@ def can_count(model: PreTrainedModel) -> bool:
     return not flex and not hasattr(model, "_orig_mod")
 
 
+class Prefilled(NamedTuple):
+    """A cache that holds a prompt, what its prefill took, and the token (1, 1) that comes next."""
+
+    counts: Counts
+    cache: Cache
+    token: Tensor
+
+
+def count_full_prefill(model: PreTrainedModel, prompt: Tensor, *, prefill_chunk: int | None = None) -> Prefilled:
+    """Count the prefill of the full cache, once for all methods that are compared with it behind the same prompt."""
+    with caches_of(FullCache(), model) as new_cache:
+        return _prefill(model, prompt, new_cache, prefill_chunk)
+
+
 def measure_cost(
     model: PreTrainedModel,
     method: Method,
     prompt: Tensor,
     *,
+    full: Prefilled | None = None,
     new_tokens: int | None = None,
     prefill_chunk: int | None = None,
-    after_run: Callable[[], None] = lambda: None,
 ) -> Cost:
     """Count a prefill and decoded tokens, with the method's cache and with the full cache.
 
     As many decoded tokens are counted as lie between two prunings of the cache's policy, with a pruning in their
-    middle; of more than 16, the 16 around it. Tokens before them are decoded without counting. The counted ones are
+    middle; of more than 8, the 8 around it. Tokens before them are decoded without counting. The counted ones are
     chosen greedily, and each is read by the host. The number of threads may decide how work is divided, so one is used.
 
     Args:
         model: a model on the device to count on.
         method: makes the candidate's cache.
         prompt: (1, n) token ids on the model's device.
+        full: the full cache behind ``prompt``, from ``count_full_prefill``; it is counted here unless given.
         new_tokens: count this many decoded tokens instead.
         prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
-        after_run: called after each of the two caches.
 
     Raises:
         KnormError: the prompt is empty, ``new_tokens`` is below 1, or the model is compiled.
@@ -76,49 +91,49 @@ def measure_cost(
         raise KnormError(
             f"got a prompt of {prompt.numel()} tokens and {new_tokens} new tokens to count; wanted at least 1 of each"
         )
+    full = full or count_full_prefill(model, prompt, prefill_chunk=prefill_chunk)
     with caches_of(method, model) as new_cache:
         before, counted = _window(model, new_cache(), prompt.shape[-1], new_tokens)
-    sides = []
-    for which in (FullCache(), method):
-        sides.append(_counts_of(model, which, prompt, chunk=prefill_chunk, before=before, tokens=counted))
-        after_run()
-    (full_prefill, full_decode), (prefill_, decode_) = sides
+        own = _prefill(model, prompt, new_cache, prefill_chunk)
+        decoded = _decode(model, own, prompt, before=before, tokens=counted)
     return Cost(
-        baseline_prefill=full_prefill,
-        candidate_prefill=prefill_,
-        baseline_decode=full_decode,
-        candidate_decode=decode_,
+        baseline_prefill=full.counts,
+        candidate_prefill=own.counts,
+        baseline_decode=_decode(
+            model, full._replace(cache=copy.deepcopy(full.cache)), prompt, before=before, tokens=counted
+        ),
+        candidate_decode=decoded,
         tokens_before=before,
         tokens=counted,
     )
 
 
-def _counts_of(
-    model: PreTrainedModel, method: Method, prompt: Tensor, *, chunk: int | None, before: int, tokens: int
-) -> tuple[Counts, Counts]:
-    """What the prefill takes, and ``tokens`` decoded tokens after the first ``before``."""
-    with _on_one_thread(), torch.no_grad(), caches_of(method, model) as new_cache:
+def _prefill(model: PreTrainedModel, prompt: Tensor, new_cache: Callable[[], Cache], chunk: int | None) -> Prefilled:
+    with torch.no_grad():
         # Outside of inference mode all operators are dispatched one by one.
         prompt = prompt.clone()
         prefill(model, prompt[:, :_WARM_UP_TOKENS], new_cache())
-        counter = OperatorCounter(prompt.device)
+        with _counted(model, prompt.device) as counter:
+            cache = new_cache()
+            token = _step(model, prompt, cache, chunk)
+        return Prefilled(counter.take(), cache, token)
 
-        def step(ids: Tensor, cache: Cache, chunk: int | None = None) -> Tensor:
-            token = prefill(model, ids, cache, chunk=chunk).argmax(dim=-1, keepdim=True)
-            token.item()
-            return token
 
-        with _attention_watched(model, counter):
-            with counter:
-                cache = new_cache()
-                token = step(prompt, cache, chunk)
-            of_prompt = counter.take()
-            decode(model, prompt.repeat(1, -(-before // prompt.shape[-1]))[:, :before], cache)
-            counter.take()
-            with counter:
-                for _ in range(tokens):
-                    token = step(token, cache)
-            return of_prompt, counter.take()
+def _decode(model: PreTrainedModel, filled: Prefilled, prompt: Tensor, *, before: int, tokens: int) -> Counts:
+    """What ``tokens`` decoded tokens take, after ``before`` others."""
+    with torch.no_grad():
+        decode(model, prompt.clone().repeat(1, -(-before // prompt.shape[-1]))[:, :before], filled.cache)
+        token = filled.token
+        with _counted(model, prompt.device) as counter:
+            for _ in range(tokens):
+                token = _step(model, token, filled.cache)
+        return counter.take()
+
+
+def _step(model: PreTrainedModel, ids: Tensor, cache: Cache, chunk: int | None = None) -> Tensor:
+    token = prefill(model, ids, cache, chunk=chunk).argmax(dim=-1, keepdim=True)
+    token.item()
+    return token
 
 
 def _window(model: PreTrainedModel, cache: Cache, prompt: int, new_tokens: int | None) -> tuple[int, int]:
@@ -148,21 +163,17 @@ def _prunings(policy: Policy, ratio: float, prompt: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _on_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _counted(model: PreTrainedModel, device: torch.device) -> Iterator[OperatorCounter]:
+    """Count on one thread, calls of attention modules too."""
+    counter, threads = OperatorCounter(device), torch.get_num_threads()
 
-
-@contextmanager
-def _attention_watched(model: PreTrainedModel, counter: OperatorCounter) -> Iterator[None]:
     def called(*_: Any) -> None:
         counter.sums["attention"] += 1
 
     with ExitStack() as hooks:
         for module in filter(is_attention, model.modules()):
             hooks.callback(module.register_forward_pre_hook(called).remove)
-        yield
+        torch.set_num_threads(1)
+        hooks.callback(torch.set_num_threads, threads)
+        with counter:
+            yield counter

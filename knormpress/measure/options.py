@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from knormpress.errors import KnormError
 from knormpress.methods.knorm import KnormPress
@@ -45,7 +45,7 @@ class Option(NamedTuple):
     @property
     def default_text(self) -> Any:
         """The default as the user would type it."""
-        if self.read is None or self.default is None:
+        if self.read is None or self.default is None or isinstance(self.default, str):
             return self.default
         return ",".join(map(str, self.default)) or "none"
 
@@ -122,9 +122,11 @@ def _tasks(text: str) -> tuple[str, ...]:
     return () if text.strip().lower() == "none" else words(text)
 
 
-def _plan(path: str) -> Plan:
+def _plan(path: str) -> Plan | Literal["auto"] | None:
     from knormpress.records.plan import read_plan
 
+    if str(path) in ("auto", "none"):
+        return "auto" if str(path) == "auto" else None
     return read_plan(path)
 
 
@@ -180,6 +182,7 @@ class Effort:
         seconds: after ``rounds``, no pair is started after this time (>= 0).
         scored_tokens: tokens (>= 1) scored after each document's context; fewer, but at least 32, if the model has
             too few positions after a long prompt.
+        cost: also count what a prefill and a decoded token cost.
 
     Raises:
         KnormError: a value is out of its range.
@@ -202,6 +205,7 @@ class Effort:
     precision: float = _setting(3.0, float, "Stop timing once the intervals' half width in % is at most this.")
     seconds: float = _setting(20.0, float, "After --rounds, start no pair of a cell later than this many seconds.")
     scored_tokens: int = 256
+    cost: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_tokens:
@@ -235,7 +239,8 @@ class Candidates:
     Args:
         keep_ratios, prune_after, skip_layers: see ``KnormPress``; each keep ratio gives one policy.
         method: the method that takes the policies, see ``methods.registry.make_method``.
-        plan: a plan file with one more policy.
+        plan: a plan with one more policy; "auto" for the one that comes with KnormPress for the model, if there is one
+            and the method is knorm.
 
     Raises:
         KnormError: a value is out of its range.
@@ -251,9 +256,14 @@ class Candidates:
     method: str = _setting(
         "knorm",
         str,
-        "knorm, full, recent-window, keydiff, random, highest-norm, or module:object.",
+        "knorm, full, keydiff, keydiff-128, leverage, recent-window, random, highest-norm, or module:object.",
     )
-    plan: Plan | None = _setting(None, Path, "Also measure this plan of knormpress tune.", read=_plan)  # noqa: RUF009
+    plan: Plan | Literal["auto"] | None = _setting(  # noqa: RUF009
+        "auto",
+        Path,
+        "Also measure this plan of knormpress tune; auto for the one that comes with KnormPress, or none.",
+        read=_plan,
+    )
 
     def __post_init__(self) -> None:
         if not self.presses:
@@ -263,6 +273,6 @@ class Candidates:
     def presses(self) -> tuple[KnormPress, ...]:
         """The policies without duplicates: those of the keep ratios, then the plan's."""
         presses = [KnormPress(ratio, self.prune_after, self.skip_layers) for ratio in self.keep_ratios]
-        if self.plan is not None:
+        if self.plan is not None and self.plan != "auto":
             presses.append(KnormPress.of(self.plan.press))
         return tuple(dict.fromkeys(presses))

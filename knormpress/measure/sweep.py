@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
 from knormpress.files import make_folder
-from knormpress.measure.cost import can_count, measure_cost
+from knormpress.measure.cost import can_count, count_full_prefill, measure_cost
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
@@ -26,10 +26,12 @@ from knormpress.measure.quality import decodes_in_few_passes, measure_quality
 from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
+from knormpress.policy.plan import shipped_plan
 from knormpress.progress import Progress
 from knormpress.records.figures import Quality
 from knormpress.records.git import tree
 from knormpress.records.jsonl import append_record, read_records
+from knormpress.records.plan import read_plan
 from knormpress.records.retrieval import Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 from knormpress.workload.bench import Bench
@@ -40,6 +42,7 @@ from knormpress.workload.tasks.haystack import DEFAULT_TASKS, Haystack, haystack
 
 __all__ = ["SweepSettings", "run", "tasks_of"]
 
+_LOADING = "loading the model"
 _LEAST_SCORED = 32
 # The prompt for which the usual lengths of texts with something to find are made.
 _USUAL_PROMPT = 1_024
@@ -90,17 +93,22 @@ def run(
     """
     progress = progress or Progress()
     make_folder(path.parent)
-    stored = {} if fresh or not path.exists() else {_key(record): record for record in read_records(path)}
+    known = [] if fresh or not path.exists() else read_records(path)
+    # A cell without counted cost is measured again where that is wanted.
+    stored = {_key(record): record for record in known if record.cost or not settings.effort.cost}
     # "cpu" and "cpu:0" are the same device.
     devices = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}.values()
     corpus = load_corpus(settings.source.corpus)
     if corpus.notice:
         progress.say(corpus.notice)
-    steps = _Steps(settings, progress)
+    steps = None
     new_name = _free_name(path) if fresh and path.exists() else None
     for device in devices:
-        steps.begin("loading the model")
+        steps.begin(_LOADING) if steps else progress.step(0, 1, _LOADING)
         bench = Bench.open(settings.source.model, corpus, device=device, dtype=settings.source.dtype)
+        if steps is None:
+            settings = _with_plan(settings, bench, progress)
+            steps = _Steps(settings, progress)
         _check_presses(settings, bench)
         for prompt_tokens in settings.effort.prompt_tokens:
             for record in _measure(settings, bench, prompt_tokens, stored, steps):
@@ -160,6 +168,10 @@ def _measure(
                 bench.model, methods, asked, prefill_chunk=chunk, policies=pending, after_text=steps.tick
             )
             retrieved = dict(zip(pending, found, strict=True))
+    full = None
+    if pending and effort.cost and can_count(bench.model):
+        steps.begin("counted cost of the full cache")
+        full = count_full_prefill(bench.model, prompt, prefill_chunk=chunk)
     for press, known in cells.items():
         if press not in qualities:
             yield stored[_key_of(**known)]
@@ -175,12 +187,10 @@ def _measure(
             policy=press,
             after_run=steps.tick,
         )
-        steps.begin(f"counted cost, {_ratio(press)}")
         cost = None
-        if can_count(bench.model):
-            cost = measure_cost(bench.model, method, prompt, prefill_chunk=chunk, after_run=steps.tick)
-        else:
-            steps.count_nothing()
+        if full is not None:
+            steps.begin(f"counted cost, {_ratio(press)}")
+            cost = measure_cost(bench.model, method, prompt, full=full, prefill_chunk=chunk)
         steps.begin(f"timing, {_ratio(press)}")
         latency = measure_latency(
             bench.model,
@@ -281,9 +291,23 @@ def _ratio(press: KnormPress) -> str:
     return f"a plan of mean keep ratio {press.mean_keep:.3f}"
 
 
+def _with_plan(settings: SweepSettings, bench: Bench, progress: Progress) -> SweepSettings:
+    """``settings`` with the plan that comes with the package for the model, where one is wanted and can be measured."""
+    candidates = settings.candidates
+    if candidates.plan != "auto":
+        return settings
+    path = shipped_plan(model_fingerprint(bench.model)) if candidates.method == "knorm" else None
+    plan = None if path is None else read_plan(path)
+    if plan is not None and min(settings.effort.prompt_tokens) < plan.press.prune_after:
+        plan = None
+    elif plan is None and candidates.method == "knorm":
+        progress.say(f"no plan: none comes with KnormPress for {bench.model_info.name}; knormpress tune finds one")
+    return replace(settings, candidates=replace(candidates, plan=plan))
+
+
 def _check_presses(settings: SweepSettings, bench: Bench) -> None:
     plan = settings.candidates.plan
-    if plan is not None:
+    if plan is not None and plan != "auto":
         plan.expect(model_fingerprint(bench.model), "--plan")
     for press in settings.candidates.presses:
         if press.drops and min(press.ratios(bench.layers)) == 1.0:
@@ -317,14 +341,14 @@ class _Steps:
     def __init__(self, settings: SweepSettings, progress: Progress) -> None:
         self.progress = progress
         self.runs = 2 * (settings.effort.rounds + 1)
-        self.per_cell = self.runs + 4
+        self.per_cell = self.runs + 2
         self.texts = settings.effort.texts * len(tasks_of(settings.effort))
         self.documents = settings.effort.samples + self.texts
         self.cells = len(settings.candidates.presses)
         lengths = len(settings.source.device) * len(settings.effort.prompt_tokens)
         self.total = lengths * (self.cells * self.per_cell + self.documents)
         self.done = 0
-        self.doing = ""
+        self.doing = _LOADING
 
     def begin(self, doing: str) -> None:
         self.doing = doing
@@ -347,11 +371,6 @@ class _Steps:
     def ask_nothing(self) -> None:
         """Subtract the steps of the retrieval of one prompt length, which can't be measured, from the total."""
         self.total -= self.texts
-        self.begin(self.doing)
-
-    def count_nothing(self) -> None:
-        """Subtract the steps of one cell's counted cost, which compiled code does not have, from the total."""
-        self.total -= 2
         self.begin(self.doing)
 
     def leave_out(self, cells: int) -> None:

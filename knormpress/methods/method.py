@@ -63,7 +63,11 @@ def policy_of(method: Method) -> Policy | None:
 def describe_method(method: Any) -> str:
     """A text for ``method`` that is the same for equal methods, in every process."""
     if is_dataclass(method) and not isinstance(method, type):
-        values = ((field.name, getattr(method, field.name)) for field in fields(method))
+        # A field that was added later is left out while it has its default, so that the history stays.
+        told = (
+            each for each in fields(method) if not each.metadata.get("added") or getattr(method, each.name) is not None
+        )
+        values = ((each.name, getattr(method, each.name)) for each in told)
         return f"{type(method).__qualname__}({', '.join(f'{name}={describe_method(value)}' for name, value in values)})"
     if isinstance(method, functools.partial):
         parts = [*method.args, *(f"{name}={describe_method(value)}" for name, value in method.keywords.items())]
@@ -73,5 +77,5 @@ def describe_method(method: Any) -> str:
     definition = method if hasattr(method, "__qualname__") else type(method)
     module = definition.__module__
     if module.startswith("knormpress."):
-        module = module.rpartition(".")[0]  # only the folder, so that moving code within it keeps the history
+        module = "knormpress.methods"  # wherever it is, so that moving code keeps the history
     return f"{module}.{definition.__qualname__}"

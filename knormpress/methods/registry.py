@@ -13,12 +13,13 @@ from importlib.metadata import entry_points
 from typing import Any, cast
 
 from knormpress.cache.score import Score
+from knormpress.cache.scores.named import SCORES
 from knormpress.errors import KnormError
 from knormpress.methods.full import FullCache
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.kvpress import KvpressMethod, is_kvpress
 from knormpress.methods.method import Method, MethodFactory
-from knormpress.methods.scores import ScoredPress, highest_norm, key_difference, random_order, recent_window
+from knormpress.methods.scores import ScoredPress
 
 __all__ = ["make_method", "method_names"]
 
@@ -39,11 +40,8 @@ def _scored(score: Score) -> MethodFactory:
 
 _BUILT_IN: dict[str, MethodFactory] = {
     "full": _full,
+    **{name: _scored(score) for name, score in SCORES.items()},
     "knorm": lambda press: press,
-    "random": _scored(random_order),
-    "highest-norm": _scored(highest_norm),
-    "recent-window": _scored(recent_window),
-    "keydiff": _scored(key_difference),
 }
 
 

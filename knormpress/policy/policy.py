@@ -6,13 +6,15 @@ import functools
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from knormpress.errors import KnormError
 
 __all__ = ["Policy", "Schedule", "share"]
+
+_Value = TypeVar("_Value")
 
 Schedule = Literal["proportional", "iterative"]
 
@@ -29,6 +31,7 @@ class Policy:  # noqa: PLW1641 - the dataclass adds __hash__
         prune_after: tokens (>= 1) a layer must have seen before it is pruned for the first time.
         skip_layers: layers that are never pruned; negative indices count from the last layer.
         layer_keep_ratios: one ratio per layer; where given it replaces ``keep_ratio`` and ``skip_layers``.
+        layer_scores: the name of each layer's score, see ``cache.scores.named``; key norms for all unless given.
         keep_recent: the newest tokens (>= 0) that are never dropped.
         prune_interval: while decoding one token at a time, a layer is pruned again once it holds this many tokens
             (>= 1) above its budget.
@@ -46,6 +49,7 @@ class Policy:  # noqa: PLW1641 - the dataclass adds __hash__
     keep_recent: int = 0
     prune_interval: int = 64
     schedule: Schedule = "proportional"
+    layer_scores: tuple[str, ...] | None = field(default=None, metadata={"added": True})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_ratio", _ratio("keep_ratio", self.keep_ratio))
@@ -57,11 +61,22 @@ class Policy:  # noqa: PLW1641 - the dataclass adds __hash__
         if self.layer_keep_ratios is not None:
             plan = _items("layer_keep_ratios", self.layer_keep_ratios)
             object.__setattr__(self, "layer_keep_ratios", tuple(_ratio("layer_keep_ratios", r) for r in plan))
+        if self.layer_scores is not None:
+            names = _items("layer_scores", self.layer_scores)
+            object.__setattr__(self, "layer_scores", tuple(_name("layer_scores", name) for name in names))
         if self.schedule not in ("proportional", "iterative"):
             raise KnormError(f'schedule is {self.schedule!r}; wanted "proportional" or "iterative"')
 
     def __eq__(self, other: object) -> bool:
         return astuple(self) == astuple(other) if isinstance(other, Policy) else NotImplemented
+
+    def scores(self, layers: int) -> tuple[str, ...]:
+        """The name of the score of each of a model's ``layers`` layers.
+
+        Raises:
+            KnormError: ``layer_scores`` has the wrong length.
+        """
+        return self._one_each("layer_scores", self.layer_scores or ("knorm",) * layers, layers)
 
     def ratios(self, layers: int) -> tuple[float, ...]:
         """The keep ratio of each of a model's ``layers`` layers.
@@ -70,12 +85,7 @@ class Policy:  # noqa: PLW1641 - the dataclass adds __hash__
             KnormError: a skipped layer does not exist, or ``layer_keep_ratios`` has the wrong length.
         """
         if self.layer_keep_ratios is not None:
-            if len(self.layer_keep_ratios) != layers:
-                raise KnormError(
-                    f"layer_keep_ratios has {len(self.layer_keep_ratios)} entries, but the model has {layers} layers; "
-                    "give one ratio per layer"
-                )
-            return self.layer_keep_ratios
+            return self._one_each("layer_keep_ratios", self.layer_keep_ratios, layers)
         for layer in self.skip_layers:
             if not -layers <= layer < layers:
                 raise KnormError(
@@ -83,6 +93,12 @@ class Policy:  # noqa: PLW1641 - the dataclass adds __hash__
                 )
         skipped = {layer % layers for layer in self.skip_layers}
         return tuple(1.0 if layer in skipped else self.keep_ratio for layer in range(layers))
+
+    @staticmethod
+    def _one_each(name: str, values: tuple[_Value, ...], layers: int) -> tuple[_Value, ...]:
+        if len(values) != layers:
+            raise KnormError(f"{name} has {len(values)} entries, but the model has {layers} layers; give one per layer")
+        return values
 
     @property
     def drops(self) -> bool:
@@ -118,6 +134,12 @@ def _ratio(name: str, value: Any) -> float:
     if isinstance(value, bool) or not 0.0 < ratio <= 1.0:
         raise KnormError(f"{name} is {value!r}; wanted a number above 0 and at most 1, such as 0.9")
     return ratio
+
+
+def _name(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise KnormError(f"{name} has {value!r}; wanted names of scores, such as knorm")
+    return value
 
 
 def _integer(name: str, value: Any, least: int | None = None) -> int:

@@ -55,7 +55,7 @@ OPTIONS = {
         Option("retrieval_share", 0.9, "Share of the full cache's items that a retrieval gate requires.", float),
         _shared("tasks"),
         Option("passkey_share", 0.9, "Share of the passkeys that a passkey gate requires.", float),
-        _shared("plan", text="Plan from knormpress tune, used in place of the keep ratios."),
+        _shared("plan", "", "Plan from knormpress tune, used in place of the keep ratios."),
         _shared("method"),
         _shared("precision"),
         _shared("seconds"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import AliasChoices, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 from pydantic.functional_serializers import PlainSerializer
 
 from knormpress.errors import KnormError
@@ -19,6 +19,7 @@ from knormpress.policy.plan import FORMAT, expect_model, read_plan_file
 from knormpress.policy.policy import Policy
 from knormpress.records.figures import Quality, Strict
 from knormpress.records.jsonl import fault
+from knormpress.records.retrieval import Retrieval
 from knormpress.stats.intervals import Change
 
 __all__ = ["KeptTokens", "Plan", "PlannedModel", "PlannedTargets", "Point", "Sensitivities", "read_plan", "write_plan"]
@@ -35,14 +36,14 @@ class PlannedModel(Strict):
 
 
 class PlannedTargets(Strict):
-    """The user's targets: ``ppl``, a rise of perplexity in %, and ``passkey``, a share of the passkeys, or None."""
+    """The user's targets: ``ppl``, a rise of perplexity in %, and ``retrieval``, a share of the items, or None."""
 
     ppl: FiniteFloat
-    passkey: FiniteFloat | None
+    retrieval: FiniteFloat | None = Field(validation_alias=AliasChoices("retrieval", "passkey"))
 
 
 class Point(Strict):
-    """A method under one policy, measured on held-out documents and passkeys.
+    """A method under one policy, measured on held-out documents and items.
 
     Args:
         name: ``"tuned"``, ``"tuned for perplexity"``, ``"uniform"``, or the name of another method.
@@ -50,7 +51,8 @@ class Point(Strict):
         mean_keep: mean of the layers' keep ratios.
         ppl: change of perplexity in %, and the ends of its 95 % interval.
         kl: mean divergence from the full cache's predictions, in nats.
-        passkeys: how many were found, and how many the full cache finds; None if they were not tested.
+        found: how many items were found, and how many the full cache finds; None if none were asked.
+        ends: the ends of the 95 % interval of their share; None in plans of earlier versions.
     """
 
     name: str
@@ -58,15 +60,24 @@ class Point(Strict):
     mean_keep: FiniteFloat
     ppl: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     kl: FiniteFloat
-    passkeys: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    found: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        default=None, validation_alias=AliasChoices("found", "passkeys")
+    )
+    ends: tuple[FiniteFloat, FiniteFloat] | None = None
 
     @classmethod
-    def of(cls, name: str, press: Policy, quality: Quality, *, layers: int, passkeys: tuple[int, int] | None) -> Point:
+    def of(
+        cls, name: str, press: Policy, quality: Quality, *, layers: int, retrieval: Retrieval | None = None
+    ) -> Point:
         """The point of a scored method; ``layers`` is the model's number of layers."""
         ratios = press.ratios(layers)
         ppl = (quality.ppl.percent, *quality.ppl.ends)
         mean_keep = sum(ratios) / len(ratios)
-        return cls(name=name, press=press, mean_keep=mean_keep, ppl=ppl, kl=quality.kl, passkeys=passkeys)
+        found = ends = None
+        if retrieval is not None:
+            share = retrieval.share
+            found, ends = (share.found, share.known), (share.low, share.high)
+        return cls(name=name, press=press, mean_keep=mean_keep, ppl=ppl, kl=quality.kl, found=found, ends=ends)
 
     @property
     def change(self) -> Change:
@@ -75,8 +86,8 @@ class Point(Strict):
 
     @property
     def share(self) -> float:
-        """The share of the full cache's passkeys that were found; NaN if there are none."""
-        found, known = self.passkeys or (0, 0)
+        """The share of the full cache's items that were found; NaN if there are none."""
+        found, known = self.found or (0, 0)
         return found / known if known else float("nan")
 
 
@@ -84,16 +95,16 @@ class Sensitivities(Strict):
     """The damage of pruning one layer alone, on the calibration text: ``text[i][j]`` for layer i at ``ratios[j]``.
 
     ``text`` is the mean of the divergence and of the rise of the negative log-likelihood, in nats per token;
-    ``passkey`` is the rise of a passkey's negative log-likelihood, in nats.
+    ``answers`` is the rise of an answer's negative log-likelihood, in nats. Both are of the layer's best score.
     """
 
     ratios: tuple[FiniteFloat, ...]
     text: tuple[tuple[FiniteFloat, ...], ...]
-    passkey: tuple[tuple[FiniteFloat, ...], ...]
+    answers: tuple[tuple[FiniteFloat, ...], ...] = Field(validation_alias=AliasChoices("answers", "passkey"))
 
     @model_validator(mode="after")
     def _rows_are_alike(self) -> Sensitivities:
-        if not self.ratios or any(len(row) != len(self.ratios) for row in (*self.text, *self.passkey)):
+        if not self.ratios or any(len(row) != len(self.ratios) for row in (*self.text, *self.answers)):
             raise ValueError("the sensitivities of the layers differ in length")
         return self
 
@@ -118,7 +129,7 @@ class Plan(Strict):
         press: the policy.
         model: the model that it is for.
         targets: the user's targets.
-        calibration, held_out: text, documents and passkeys that the search used, and those that ``frontier`` was
+        calibration, held_out: text, documents and tasks that the search used, and those that ``frontier`` was
             measured on; ``numbers`` are the documents used, out of ``cut_into``.
         frontier: the plan and what it is compared with, measured on data that the search did not use.
         sensitivities: see ``Sensitivities``.
@@ -148,6 +159,11 @@ class Plan(Strict):
     def mean_keep(self) -> float:
         """Mean of the layers' keep ratios."""
         return self.press.mean_keep
+
+    @property
+    def items(self) -> str:
+        """What was asked for, in a word: in plans of earlier versions passkeys."""
+        return "passkeys" if "passkeys" in self.held_out else "items"
 
     def is_own(self, point: Point) -> bool:
         """Whether ``point`` is the plan itself, not something that it is compared with."""

@@ -74,6 +74,7 @@ class MethodInfo(Strict):
     keep_recent: int
     prune_interval: int
     schedule: Literal["proportional", "iterative"]
+    layer_scores: tuple[str, ...] | None = None
 
 
 class Conditions(Strict):
@@ -116,6 +117,11 @@ class Record(Strict):
     def label(self) -> str:
         """The keep ratio as text: 1.0, 0.9, 0.05."""
         return ratio_label(self.keep_ratio)
+
+    @property
+    def row(self) -> str:
+        """The head of the record's row in a table: the keep ratio, or ``plan`` and the mean of its ratios."""
+        return f"plan {self.keep_ratio:.2f}" if self.policy.layer_keep_ratios else self.label
 
 
 class Result(Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
+from knormpress.compare.targets import judge_plan
 from knormpress.records.plan import Plan
 from knormpress.show.console import StackingTable, make_console
 from knormpress.show.sweep_table import WIDTH
@@ -26,29 +27,32 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f" {held['context']:,}",
         title_style="bold",
         title_justify="left",
-        caption=f"Targets: {_targets(plan)}. Passkeys: found / found by the full cache.",
+        caption=f"Targets: {_targets(plan)}. Found: {plan.items}, of those that the full cache finds.",
         caption_justify="left",
     )
     table.add_column("plan or method", no_wrap=True)
-    for column in ("mean keep", "PPL change", "95 % interval", "KL", "passkeys"):
+    for column in ("mean keep", "PPL change", "95 % interval", "KL", "found"):
         table.add_column(column, justify="right", no_wrap=True)
     for point in plan.frontier:
         change = point.change
-        passkeys = "" if point.passkeys is None else f"{point.passkeys[0]}/{point.passkeys[1]}"
+        found = "" if point.found is None else f"{point.found[0]}/{point.found[1]}"
         table.add_row(
             f"{point.name} (the plan)" if plan.is_own(point) else point.name,
             f"{point.mean_keep:.3f}",
             str(change),
             change.interval,
             f"{point.kl:.4f}",
-            passkeys,
+            found,
             style="bold" if plan.is_own(point) else None,
         )
     console.print(table, width=width)
     ratios = " ".join(f"{ratio:g}" for ratio in press.layer_keep_ratios or ())
-    console.print(f"\nkeep ratio of each layer: {ratios}\nkeep_recent: {press.keep_recent}", width=width)
+    lines = [f"keep ratio of each layer: {ratios}", f"keep_recent: {press.keep_recent}"]
+    if press.layer_scores:
+        lines.insert(1, f"score of each layer: {' '.join(press.layer_scores)}")
+    console.print("\n" + "\n".join([*judge_plan(plan), *lines]), width=width)
 
 
 def _targets(plan: Plan) -> str:
-    ppl, passkey = plan.targets.ppl, plan.targets.passkey
-    return f"perplexity +{ppl:g} %" + ("" if passkey is None else f", passkeys {passkey:g}")
+    ppl, retrieval = plan.targets.ppl, plan.targets.retrieval
+    return f"perplexity +{ppl:g} %" + ("" if retrieval is None else f", {plan.items} {retrieval:g}")

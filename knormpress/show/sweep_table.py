@@ -64,7 +64,7 @@ def render(records: Sequence[Record], beside: Sequence[Record] = ()) -> Renderab
 
 
 def _heading(records: Sequence[Record]) -> Text:
-    record = records[0]
+    record = next((record for record in records if record.policy.layer_keep_ratios is None), records[0])
     policy, conditions, environment = record.policy, record.conditions, record.environment
     context = conditions.context_tokens
     skipped = ", ".join(map(str, policy.skip_layers)) or "none"
@@ -138,7 +138,7 @@ def _changes(records: Sequence[Record]) -> Table:
     for record in records:
         changes = (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl)
         table.add_row(
-            record.label,
+            record.row,
             *map(_two_lines, changes),
             *([_found(record)] if asked else []),
             _cache(record),
@@ -206,7 +206,7 @@ def _figures(records: Sequence[Record]) -> Table:
         ["", *(f"{record.quality.kl:.3f}" for record in records)],
         ["", *(f"{record.quality.top1 * 100:.1f}" for record in records)],
     ]
-    for label, *figures in zip(["full", *(record.label for record in records)], *columns, strict=True):
+    for label, *figures in zip(["full", *(record.row for record in records)], *columns, strict=True):
         table.add_row(label, *figures)
     return table
 
@@ -237,7 +237,7 @@ def _beyond_the_mean(records: Sequence[Record]) -> Table:
     for record in records:
         quality = record.quality
         table.add_row(
-            record.label,
+            record.row,
             *(["-"] * 4 if quality.divergence is None else [f"{nats:.3f}" for nats in quality.divergence]),
             "-" if quality.long_range is None else _two_lines(quality.long_range),
             "-" if quality.long_range is None else f"{quality.long_range_tokens:,}",

@@ -24,13 +24,13 @@ class Damage:
     Args:
         kl: divergence from the full cache's predictions, in nats per token.
         nll: rise of the text's negative log-likelihood, in nats per token.
-        key_nll: rise of a passkey's negative log-likelihood, in nats per key.
-        found: share of the full cache's passkeys that are found.
+        answer_nll: rise of an answer's negative log-likelihood, in nats per answer.
+        found: share of the full cache's items that are found.
     """
 
     kl: float
     nll: float
-    key_nll: float
+    answer_nll: float
     found: float
 
     @property
@@ -76,13 +76,13 @@ class Notes:
             with replacing(path) as temporary:  # stored damages must survive if the process is killed
                 temporary.write_text("\n".join([first, *map(self._line, self._known), ""]), encoding="utf-8")
 
-    def get(self, press: Policy) -> Damage | None:
-        """The stored damage of ``press``, or None."""
-        return self._known.get(self._name(press))
+    def get(self, press: Policy, *, few: bool) -> Damage | None:
+        """The stored damage of ``press``, measured on all texts or on a ``few``; None if there is none."""
+        return self._known.get(self._name(press, few))
 
-    def note(self, press: Policy, damage: Damage) -> None:
+    def note(self, press: Policy, damage: Damage, *, few: bool) -> None:
         """Store the damage of ``press``."""
-        name = self._name(press)
+        name = self._name(press, few)
         self._known[name] = damage
         with self._one_line_errors(), self.path.open("a", encoding="utf-8") as file:
             file.write(self._line(name) + "\n")
@@ -100,5 +100,5 @@ class Notes:
             ) from error
 
     @staticmethod
-    def _name(press: Policy) -> str:
-        return json.dumps(press.as_dict(), sort_keys=True)
+    def _name(press: Policy, few: bool) -> str:
+        return json.dumps({**press.as_dict(), "few texts": few}, sort_keys=True)

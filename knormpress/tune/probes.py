@@ -1,4 +1,4 @@
-"""Measure the damage of a plan on a few documents and passkeys, fast, as feedback for the search for a plan.
+"""Measure the damage of a plan on some documents and items, fast, as feedback for the search for a plan.
 
 Every text is prefilled only once, with the full cache; a plan is tried by pruning a copy.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -27,14 +28,29 @@ from knormpress.workload.tasks.haystack import Haystack
 
 __all__ = ["Probes"]
 
+# Of the documents, and of the texts of each task; one layer alone is measured on these.
+_FEW = 0.5
+_FEW_QUESTIONS = 2
+
 
 class Probes:
-    """Documents and passkeys with filled full caches. Made by ``open``."""
+    """Texts with filled full caches. Made by ``open``.
 
-    def __init__(
-        self, model: PreTrainedModel, replay: Replay, documents: list[_Document], passkeys: list[_Passkey]
-    ) -> None:
-        self._model, self._replay, self._documents, self._passkeys = model, replay, documents, passkeys
+    Args:
+        model: the model.
+        replay: controls its passes.
+        documents: texts whose ends are scored.
+        asked: texts with questions that the full cache answers.
+    """
+
+    def __init__(self, model: PreTrainedModel, replay: Replay, documents: list[_Document], asked: list[_Asked]) -> None:
+        self._model, self._replay, self._documents, self._asked = model, replay, documents, asked
+        self._few_documents = documents[: max(1, round(_FEW * len(documents)))]
+        tasks: dict[str, list[_Asked]] = {}
+        for text in asked:
+            tasks.setdefault(text.haystack.task, []).append(text)
+        kept = (text for texts in tasks.values() for text in texts[: max(1, round(_FEW * len(texts)))])
+        self._few_asked = [text.shortened(_FEW_QUESTIONS) for text in kept]
 
     @classmethod
     @contextmanager
@@ -42,43 +58,46 @@ class Probes:
         cls,
         model: PreTrainedModel,
         texts: Sequence[Tensor],
-        prompts: Sequence[Haystack],
+        haystacks: Sequence[Haystack],
         *,
         context: int,
         after_each: Callable[[], None] = lambda: None,
     ) -> Iterator[Probes]:
-        """Prefill all documents and passkeys.
+        """Prefill all texts.
 
         Args:
             model: the model; its passes are controlled inside the context, see ``tune.replay``.
             texts: token ids (1, context + S + 1) each; S predictions are scored.
-            prompts: texts with one question each; those that the full cache does not answer are left out.
+            haystacks: texts with questions; those questions that the full cache does not answer are left out.
             context: tokens before the first token that is fed.
-            after_each: called after each text and prompt.
+            after_each: called after each text.
         """
-        documents, passkeys = [], []
+        documents, asked = [], []
         with torch.inference_mode(), replayed(model) as replay:
             for ids in texts:
                 documents.append(_Document(model, ids, context))
                 after_each()
-            for prompt in prompts:
-                passkey = _Passkey(model, prompt)
-                if passkey.answer.found:
-                    passkeys.append(passkey)
+            for haystack in haystacks:
+                text = _Asked.of(model, haystack)
+                if text.known:
+                    asked.append(text)
                 after_each()
-            yield cls(model, replay, documents, passkeys)
+            yield cls(model, replay, documents, asked)
 
     @property
-    def passkeys(self) -> int:
-        """The number of passkeys in use."""
-        return len(self._passkeys)
+    def items(self) -> int:
+        """The number of items in use: questions that the full cache answers."""
+        return sum(len(text.known) for text in self._asked)
 
     def measure(self, press: KnormPress) -> Damage:
-        """Measure the damage of ``press``."""
-        return self._measure(press, lambda index, run: run())
+        """Measure the damage of ``press`` on all texts."""
+        return self._measure(press, self._documents, self._asked, lambda index, run: run())
 
     def around(self, press: KnormPress) -> Callable[[KnormPress, int], Damage]:
-        """A function for policies that equal ``press`` below a layer: takes policy and layer, returns the damage."""
+        """A function for policies that equal ``press`` below a layer: takes policy and layer, returns the damage.
+
+        It is measured on half of the texts, with at most two questions each.
+        """
         outputs: list[Outputs] = []
 
         def record(_: int, run: Callable[[], Any]) -> Any:
@@ -87,37 +106,43 @@ class Probes:
             outputs.append(recorded)
             return result
 
-        self._measure(press, record)
+        self._measure(press, self._few_documents, self._few_asked, record)
 
         def measure(other: KnormPress, layer: int) -> Damage:
             def replay(index: int, run: Callable[[], Any]) -> Any:
                 with self._replay.above(outputs[index], layer):
                     return run()
 
-            return self._measure(other, replay)
+            return self._measure(other, self._few_documents, self._few_asked, replay)
 
         return measure
 
-    def _measure(self, press: KnormPress, execute: Callable[[int, Callable[[], Any]], Any]) -> Damage:
-        kl, nll, key_nll, found = [], [], [0.0], [True]
+    def _measure(
+        self,
+        press: KnormPress,
+        documents: Sequence[_Document],
+        asked: Sequence[_Asked],
+        execute: Callable[[int, Callable[[], Any]], Any],
+    ) -> Damage:
+        kl, nll = [], []
+        rises: list[float] = []
+        found: list[bool] = []
         with torch.inference_mode():
-            for index, document in enumerate(self._documents):
+            for index, document in enumerate(documents):
                 divergence, rise = execute(index, partial(self._score, document, press))
                 kl.append(divergence)
                 nll.append(rise)
-            if self._passkeys:
-                key_nll, found = [], []
-            for index, passkey in enumerate(self._passkeys, start=len(self._documents)):
-                answer = execute(index, partial(self._read, passkey, press))
-                key_nll.append(answer.nll - passkey.answer.nll)
-                found.append(answer.found)
-        return Damage(fmean(kl), fmean(nll), fmean(key_nll), fmean(found))
+            for index, text in enumerate(asked, start=len(documents)):
+                answers = execute(index, partial(self._read, text, press))
+                rises += [answer.nll - known.nll for answer, known in zip(answers, text.known, strict=True)]
+                found += [answer.found for answer in answers]
+        return Damage(fmean(kl), fmean(nll), fmean(rises or [0.0]), fmean(found or [True]))
 
     def _score(self, document: _Document, press: KnormPress) -> tuple[float, float]:
         return document.score(self._pruned(press, document.full))
 
-    def _read(self, passkey: _Passkey, press: KnormPress) -> Answer:
-        return passkey.ask(self._pruned(press, passkey.full))
+    def _read(self, text: _Asked, press: KnormPress) -> list[Answer]:
+        return read_answers(self._model, text.haystack, self._pruned(press, text.full))
 
     def _pruned(self, press: KnormPress, full: Cache) -> KnormCache:
         cache = KnormCache(self._model, press)
@@ -153,19 +178,25 @@ class _Document:
         return -log_probabilities.gather(-1, self._targets[:, None])[:, 0]
 
 
-class _Passkey:
-    """A text with a passkey in a full cache, and the full cache's answer."""
+class _Asked:
+    """A text in a full cache, with the questions that this cache answers, and its answers."""
 
-    def __init__(self, model: PreTrainedModel, prompt: Haystack) -> None:
-        self.full = DynamicCache(config=model.config)
-        prefill(model, prompt.ids, self.full)
-        self._model, self._prompt = model, prompt
-        self.answer = self.ask(self.full)
+    def __init__(self, haystack: Haystack, full: Cache, known: Sequence[Answer]) -> None:
+        self.haystack, self.full, self.known = haystack, full, known
 
-    def ask(self, cache: Cache) -> Answer:
-        """The answer of ``cache``, which holds the text."""
-        (answer,) = read_answers(self._model, self._prompt, cache)
-        return answer
+    @classmethod
+    def of(cls, model: PreTrainedModel, haystack: Haystack) -> _Asked:
+        full = DynamicCache(config=model.config)
+        prefill(model, haystack.ids, full)
+        pairs = zip(haystack.questions, read_answers(model, haystack, full), strict=True)
+        solved = [(question, answer) for question, answer in pairs if answer.found]
+        questions = tuple(question for question, _ in solved)
+        return cls(replace(haystack, questions=questions), full, [answer for _, answer in solved])
+
+    def shortened(self, most: int) -> _Asked:
+        """The same text with at most ``most`` of its questions."""
+        questions = self.haystack.questions[:most]
+        return _Asked(replace(self.haystack, questions=questions), self.full, self.known[:most])
 
 
 def _copied(model: PreTrainedModel, full: DynamicCache) -> DynamicCache:

@@ -1,4 +1,4 @@
-"""Measure a plan, other plans and other methods on documents and passkeys that the search did not use."""
+"""Measure a plan, other plans and other methods on documents and items that the search did not use."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.progress import Progress, ticking
 from knormpress.records.plan import KeptTokens, Point
+from knormpress.records.retrieval import Retrieval
 from knormpress.workload.bench import Bench
 from knormpress.workload.tasks.haystack import Haystack
 
@@ -27,12 +28,11 @@ _SHOWN_TOKENS = 96
 
 @dataclass(frozen=True)
 class Tried:
-    """A policy to measure: its name in the frontier, its method, and whether to test passkeys."""
+    """A policy to measure: its name in the frontier, and its method."""
 
     name: str
     press: KnormPress
     method: str = "knorm"
-    passkeys: bool = True
 
 
 def measure_unseen(
@@ -41,31 +41,29 @@ def measure_unseen(
     texts: Sequence[Tensor],
     *,
     context: int,
-    passkeys: Sequence[Haystack],
+    haystacks: Sequence[Haystack],
     progress: Progress,
 ) -> tuple[Point, ...]:
-    """Measure perplexity and passkeys of every policy.
+    """Measure perplexity and retrieval of every policy.
 
     Args:
         bench: the model.
         tried: the policies.
         texts: token ids (1, context + S + 1) each.
         context: tokens before the first token that is fed.
-        passkeys: texts with held-out passkeys, if any.
-        progress: gets a step for each text and prompt.
+        haystacks: held-out texts with something to find, if any.
+        progress: gets a step for each text.
     """
     methods = [make_method(candidate.method, candidate.press) for candidate in tried]
     tick = ticking(progress, len(texts), "perplexity on unseen documents")
     qualities = measure_quality(bench.model, methods, texts, context=context, after_document=tick)
-    asked = [index for index, candidate in enumerate(tried) if candidate.passkeys and passkeys]
-    counts: dict[int, tuple[int, int]] = {}
-    if asked:
-        tick = ticking(progress, len(passkeys), "unseen passkeys")
-        found = measure_retrieval(bench.model, [methods[index] for index in asked], passkeys, after_text=tick)
-        counts = {index: (one.share.found, one.share.known) for index, one in zip(asked, found, strict=True)}
+    found: Sequence[Retrieval | None] = [None] * len(tried)
+    if haystacks:
+        tick = ticking(progress, len(haystacks), "what is found in unseen texts")
+        found = measure_retrieval(bench.model, methods, haystacks, after_text=tick)
     return tuple(
-        Point.of(candidate.name, candidate.press, quality, layers=bench.layers, passkeys=counts.get(index))
-        for index, (candidate, quality) in enumerate(zip(tried, qualities, strict=True))
+        Point.of(candidate.name, candidate.press, quality, layers=bench.layers, retrieval=retrieval)
+        for candidate, quality, retrieval in zip(tried, qualities, found, strict=True)
     )
 
 

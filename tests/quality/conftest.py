@@ -1,4 +1,4 @@
-"""What the gates of tests/quality share: a plan for the default model, and the table of what is found."""
+"""What the gates of tests/quality share: the plan that comes with the package, and the table of what is found."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from knormpress import KnormPress
+from knormpress import KnormError, KnormPress
 from knormpress.records.retrieval import Retrieval
 
-PLAN = Path(__file__).with_name("plan.json")
 _PLACE = re.compile(r"(<!-- retrieval -->\n).*?(\n<!-- end of retrieval -->)", re.DOTALL)
 
 
@@ -28,8 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def plan(knorm_bench) -> KnormPress:
-    """A plan of mean keep 0.43, tuned for the default model by key norms."""
-    return KnormPress.from_plan(PLAN, knorm_bench.model)
+    """The smallest plan that comes with the package for the model; without one the tests that take it are skipped."""
+    try:
+        return KnormPress.for_model(knorm_bench.model)
+    except KnormError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

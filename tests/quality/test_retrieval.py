@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from knormpress import KnormPress
@@ -11,20 +13,30 @@ from knormpress.pytest_plugin.measured import retrieval_controls
 
 HALF = KnormPress(0.5)
 TEXTS = 6
-MORE_TEXTS = 8
-TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "passkey")
+MORE_TEXTS = 10
+TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "multikey-filler", "passkey")
 
 
 @pytest.fixture(scope="module")
 def found(plan, knorm_retrieval):
     """All methods asked, sharing one prefill a text: the plan and keep 0.5, each with its controls."""
-    methods = {"plan": plan, "keep 0.5": HALF}
+    methods = {"plan": plan, "keep 0.5": HALF, "swapped": swapped(plan)}
     for name, press in (("plan", plan), ("keep 0.5", HALF)):
         methods |= {f"{name}, {control}": method for control, method in retrieval_controls(press).items()}
     found = dict(zip(methods, knorm_retrieval(list(methods.values()), texts=TEXTS), strict=True))
     for name, result in found.items():
         print(f"\n{name}: {result.retrieval.share} ({result.retrieval.share.ends})")
     return found
+
+
+def swapped(plan):
+    """The plan, but the layer that keeps the most and the one that keeps the least have changed places."""
+    layers = len(plan.layer_keep_ratios)
+    ratios, scores = list(plan.ratios(layers)), list(plan.scores(layers))
+    one, other = ratios.index(max(ratios)), ratios.index(min(ratios))
+    for values in (ratios, scores):
+        values[one], values[other] = values[other], values[one]
+    return replace(plan, layer_keep_ratios=tuple(ratios), layer_scores=tuple(scores))
 
 
 def controls(found, name):
@@ -49,11 +61,18 @@ def test_control_what_must_find_less_fails(found):
         assert outcome.decision == "fail", f"the gate is broken: {name} passes: {outcome.text}"
 
 
-def test_the_table_of_what_is_found(plan, knorm_retrieval, retrieval_table):
+def test_control_a_plan_with_two_layers_swapped_is_seen(found, knorm_retrieval_share):
+    outcome = judge_retrieval(found["swapped"].retrieval, controls(found, "plan"), knorm_retrieval_share)
+    assert outcome.decision == "fail", f"the gate is broken: {outcome.text}"
+
+
+def test_the_table_of_what_is_found(plan, knorm_bench, knorm_retrieval, retrieval_table):
     methods = {f"uniform {keep}": KnormPress(keep) for keep in (0.9, 0.7, 0.5)}
     for name, keep in (("keydiff", 0.9), ("keydiff", 0.5), ("recent-window", 0.5), ("random", 0.5)):
         methods[f"{name} {keep}"] = make_method(name, KnormPress(keep))
-    methods[f"the plan, {plan.mean_keep:.3f}"] = plan
-    methods["keydiff under the plan"] = make_method("keydiff", plan)
+    norms = KnormPress.for_model(knorm_bench.model, scores=("knorm",))
+    methods[f"plan of key norms, {norms.mean_keep:.3f}"] = norms
+    methods[f"plan, {plan.mean_keep:.3f}"] = plan
+    methods["random under the plan"] = make_method("random", plan)
     asked = knorm_retrieval(list(methods.values()), tasks=TABLE_TASKS, texts=MORE_TEXTS)
     retrieval_table({name: result.retrieval for name, result in zip(methods, asked, strict=True)})

@@ -28,6 +28,7 @@ import tests.quality.conftest
 from knormpress import KnormPress
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.cli.app import app, main
+from knormpress.policy import plan as plan_file
 from knormpress.records.plan import write_plan
 from knormpress.workload.models import load_model
 from tests.plan_factory import make_plan
@@ -176,6 +177,7 @@ def folder(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(knormpress.measure.latency, "calibrate", lambda device: 1.0)
     (tmp_path / "results").mkdir()
     shutil.copy(site / "plan.json", tmp_path / "results")
+    monkeypatch.setattr(plan_file, "_SHIPPED", site)
     shutil.copy(site / "wikitext-2-valid.txt", tmp_path)
     return tmp_path
 

@@ -182,7 +182,7 @@ def test_a_plan_is_followed(name: str, model: Any, example: Example, tmp_path: P
     plan, save = tmp_path / "plan.json", tmp_path / "cache"
     press = KnormPress(layer_keep_ratios=(1.0, 0.5, 0.25))
     planned = PlannedModel(name="tiny", dtype="float32", fingerprint=model_fingerprint(model))
-    targets = PlannedTargets(ppl=5.0, passkey=None)
+    targets = PlannedTargets(ppl=5.0, retrieval=None)
     write_plan(Plan(press=press, model=planned, targets=targets, calibration={}, held_out={}), plan)
     (tmp_path / "text").write_text("x" * 94)
     if name == "chat":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from knormpress.compare.targets import judge_plan
 from knormpress.records.plan import Plan
 from knormpress.show.page.parts import Block, Chart, Charts, Heading, Table, Words
 from knormpress.show.page.words import interval
@@ -20,7 +21,9 @@ def plan_blocks(plans: Sequence[Plan]) -> Iterator[Block]:
     for plan in plans:
         if len(plans) > 1:
             yield Heading(f"{plan.model.name}, mean keep {plan.mean_keep:.3f}")
-        yield Words(_summary(plan))
+        yield Words(
+            " ".join([_summary(plan), *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in judge_plan(plan))])
+        )
         if plan.frontier:
             yield _table(plan)
         charts = tuple(_charts(plan))
@@ -31,12 +34,13 @@ def plan_blocks(plans: Sequence[Plan]) -> Iterator[Block]:
 def _summary(plan: Plan) -> str:
     ratios = ", ".join(f"{ratio:g}" for ratio in plan.press.layer_keep_ratios or ())
     targets = [f"perplexity within +{plan.targets.ppl:g} %"]
-    if plan.targets.passkey is not None:
-        targets.append(f"{plan.targets.passkey:.0%} of the passkeys found")
+    if plan.targets.retrieval is not None:
+        targets.append(f"{plan.targets.retrieval:.0%} of the {plan.items} found")
+    scores = f" Score of each layer: {', '.join(plan.press.layer_scores)}." if plan.press.layer_scores else ""
     return (
         f"A plan for {plan.model.name} ({plan.model.dtype}), with the targets {' and '.join(targets)}: a mean of "
         f"{plan.mean_keep:.3f} of the tokens is kept, and the newest {plan.press.keep_recent} always. "
-        f"Keep ratio of each layer: {ratios}."
+        f"Keep ratio of each layer: {ratios}.{scores}"
     )
 
 
@@ -45,17 +49,17 @@ def _table(plan: Plan) -> Table:
     rows = []
     for point in plan.frontier:
         change = point.change
-        passkeys = "" if point.passkeys is None else f"{point.passkeys[0]} of {point.passkeys[1]}"
-        figures = (pretty(str(change)), interval(change)), f"{point.kl:.4f}", passkeys
+        found = "" if point.found is None else f"{point.found[0]} of {point.found[1]}"
+        figures = (pretty(str(change)), interval(change)), f"{point.kl:.4f}", found
         rows.append(
             (f"{point.name} (the plan)" if plan.is_own(point) else point.name, f"{point.mean_keep:.3f}", *figures)
         )
     return Table(
         caption=f"On {held['documents']} documents that the search did not use, {held['scored']} tokens scored after "
         f"{held['context']:,}",
-        head=("plan or method", "mean keep", "PPL change", "KL (nats)", "passkeys"),
+        head=("plan or method", "mean keep", "PPL change", "KL (nats)", "found"),
         rows=tuple(rows),
-        note="Passkeys: found, of those that the full cache finds.",
+        note=f"Found: {plan.items}, of those that the full cache finds.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The cost of each policy of a plan's frontier: perplexity, and passkeys if tested, over the mean keep ratio."""
+"""The cost of each policy of a plan's frontier: perplexity, and what is found if asked, over the mean keep ratio."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ _Looks = dict[str, tuple[str, str, str]]
 
 
 def draw_frontier(plan: Plan, points: Sequence[Point]) -> Figure:
-    """Draw the change of perplexity over the mean keep ratio, a line for each name; below it the share of passkeys.
+    """Draw the change of perplexity over the mean keep ratio, a line for each name; below it the share that is found.
 
     The targets are drawn too, and the plan itself as a star. ``points`` are the plan's points, at least one.
     """
     looks = _looks_of(points)
-    tested = [point for point in points if point.passkeys and point.passkeys[1]]
+    tested = [point for point in points if point.found and point.found[1]]
     own = _of_plan(plan, points)
     figure = new_figure()
     axes = figure.add_axes((_LEFT, 0.385, _WIDTH, 0.5) if tested else (_LEFT, 0.13, _WIDTH, 0.755))
@@ -73,14 +73,14 @@ def draw_frontier(plan: Plan, points: Sequence[Point]) -> Figure:
     if tested:
         lowest = figure.add_axes((_LEFT, 0.13, _WIDTH, 0.205), sharex=axes)
         axes.tick_params(labelbottom=False)
-        _draw_passkeys(lowest, tested, looks, plan.targets.passkey)
+        _draw_found(lowest, tested, looks, plan)
     lowest.set_xlabel("mean keep ratio (further left: a smaller cache)")
     label = "target: " + "\nand ".join(target_words(plan))
     handles.append(Line2D([], [], color=GREEN, linestyle="--", linewidth=1.2, label=label))
     if own is not None:
         handles.append(_draw_star(axes, own.mean_keep, own.ppl[0], label=_own_words(own)))
         if own in tested:
-            _draw_star(lowest, own.mean_keep, _passkey_percent(own), label="")
+            _draw_star(lowest, own.mean_keep, _found_percent(own), label="")
         _name_star(axes, own, points)
     add_heading(
         figure,
@@ -110,15 +110,15 @@ def _of_plan(plan: Plan, points: Sequence[Point]) -> Point | None:
     return next((point for name in _LOOKS for point in own if point.name == name), own[0] if own else None)
 
 
-def _passkey_percent(point: Point) -> float:
+def _found_percent(point: Point) -> float:
     return 100.0 * point.share
 
 
 def _own_words(own: Point) -> str:
     percent, low, high = (f"{value:+.1f}" for value in own.ppl)
     lines = [f"this plan: keeps {own.mean_keep:.3f}", f"PPL {percent} %", f"({low} to {high})"]
-    if own.passkeys:
-        lines.append(f"passkeys {own.passkeys[0]} of {own.passkeys[1]}")
+    if own.found:
+        lines.append(f"found {own.found[0]} of {own.found[1]}")
     return pretty("\n".join(lines))
 
 
@@ -147,15 +147,20 @@ def _draw_perplexity(axes: Axes, points: Sequence[Point], looks: _Looks, target:
     return logarithmic
 
 
-def _draw_passkeys(axes: Axes, points: Sequence[Point], looks: _Looks, share: float | None) -> None:
+def _draw_found(axes: Axes, points: Sequence[Point], looks: _Looks, plan: Plan) -> None:
     for name, look in reversed(looks.items()):
         named = _named(points, name)
-        _draw_line(axes, name, [point.mean_keep for point in named], list(map(_passkey_percent, named)), look)
+        keeps = [point.mean_keep for point in named]
+        _draw_line(axes, name, keeps, list(map(_found_percent, named)), look)
+        for point in named:
+            if point.ends:
+                low, high = (100 * end for end in point.ends)
+                axes.vlines(point.mean_keep, low, high, look[0], linewidth=1.1, zorder=2)
     axes.set_ylim(-6.0, 106.0)
     axes.set_yticks([0, 25, 50, 75, 100])
-    if share is not None:
-        _draw_target(axes, 100 * share, 106.0)
-    axes.set_ylabel("passkeys found (%)")
+    if plan.targets.retrieval is not None:
+        _draw_target(axes, 100 * plan.targets.retrieval, 106.0)
+    axes.set_ylabel(f"{plan.items} found (%)")
     axes.grid()
 
 

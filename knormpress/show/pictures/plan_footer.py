@@ -14,7 +14,7 @@ from knormpress.show.pictures.style import add_footer_lines, pretty, shortened
 __all__ = ["add_plan_footer", "target_words"]
 
 _MOST = 60
-_SHOWN = ("text", "documents", "passkeys")
+_SHOWN = ("text", "documents", "passkeys", "texts")
 _TIME_OF_DAY = re.compile(r"(?<=^\d{4}-\d\d-\d\d)[T ]\d.*")
 
 
@@ -38,9 +38,9 @@ def add_plan_footer(figure: Figure, plan: Plan) -> None:
 
 def target_words(plan: Plan) -> list[str]:
     """The plan's targets as text."""
-    ppl, passkey = plan.targets.ppl, plan.targets.passkey
+    ppl, retrieval = plan.targets.ppl, plan.targets.retrieval
     words = [pretty(f"PPL <= {ppl:+g} %")]
-    return words if passkey is None else [*words, pretty(f"passkeys >= {100 * passkey:g} %")]
+    return words if retrieval is None else [*words, pretty(f"{plan.items} >= {100 * retrieval:g} %")]
 
 
 def _facts(values: Mapping[str, Any]) -> str:

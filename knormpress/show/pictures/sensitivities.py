@@ -24,7 +24,7 @@ _COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.0, 0.88, 256)), nam
 
 
 def draw_sensitivities(plan: Plan, sensitivities: Sensitivities) -> Figure:
-    """Draw a row for each layer: the loss on the text and on passkeys at each ratio, in nats, and the plan's ratio.
+    """Draw a row for each layer: the loss on the text and on the items at each ratio, in nats, and the plan's ratio.
 
     Colours are logarithmic; values of zero and below, where pruning costs nothing, have the palest colour.
 
@@ -33,7 +33,10 @@ def draw_sensitivities(plan: Plan, sensitivities: Sensitivities) -> Figure:
     """
     ratios = plan.press.ratios(len(sensitivities.text))
     figure = new_figure()
-    panels = [("Text", "nats per token", sensitivities.text), ("Passkeys", "nats per passkey", sensitivities.passkey)]
+    panels = [
+        ("Text", "nats per token", sensitivities.text),
+        (plan.items.capitalize(), "nats per answer", sensitivities.answers),
+    ]
     panels = [panel for panel in panels if any(panel[2])]
     width = 0.73 / len(panels) - 0.05
     for place, (title, unit, values) in enumerate(panels):

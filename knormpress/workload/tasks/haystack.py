@@ -240,7 +240,7 @@ def _check_positions(bench: Bench, made: Sequence[Haystack]) -> None:
             raise KnormError(
                 f"{bench.model_info.name} is made for {bench.positions} positions, but {haystack.task} takes "
                 f"{longest}; use shorter texts, leave the retrieval tasks out (sweep: --tasks none; tune: "
-                "--target-passkey none), or use another model"
+                "--target-retrieval none), or use another model"
             )
 
 

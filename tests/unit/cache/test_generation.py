@@ -7,11 +7,11 @@ import gc
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
-from knormpress import KnormCache, KnormPress
+from knormpress import KnormCache, KnormError, KnormPress
 from tests.oracle import greedy
-from tests.strategies import VOCABULARY, tiny_model, tokens
+from tests.strategies import VOCABULARY, left_padding, tiny_model, tokens
 
 PRESS = KnormPress(0.5, prune_after=8, skip_layers=(0,), prune_interval=4)
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
@@ -49,6 +49,32 @@ def test_chunked_prefill_of_generate_equals_passes_by_hand():
         for chunk in chunks:
             model(chunk, past_key_values=cache)
     assert torch.equal(greedy(model, last, cache, 16), generated[:, 30:])
+
+
+def test_a_context_with_chunks_prefills_in_chunks():
+    """For each generation inside, padded batches too; what a call says itself counts more."""
+    model, ids = tiny_model(), tokens(30, rows=2)
+    mask = left_padding(30, 0, 5)
+    given = {"attention_mask": mask, **GREEDY}
+    by_hand, sent = [], []
+    for size in (7, 30):
+        by_hand.append(model.generate(ids, past_key_values=KnormCache(model, PRESS), prefill_chunk_size=size, **given))
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sent.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        with PRESS(model, prefill_chunk=7):
+            assert torch.equal(model.generate(ids, **given), by_hand[0])
+            assert sent[:5] == [(2, 7)] * 4 + [(2, 2)]
+            assert torch.equal(model.generate(ids, prefill_chunk_size=30, **given), by_hand[1])
+            sent.clear()
+            config = GenerationConfig(prefill_chunk_size=15, **GREEDY)
+            model.generate(ids, generation_config=config, attention_mask=mask)
+            assert sent[0] == (2, 15)
+    finally:
+        hook.remove()
+    with pytest.raises(KnormError, match="prefill_chunk is 0; wanted"), PRESS(model, prefill_chunk=0):
+        pass
 
 
 LOOPS = {

@@ -20,7 +20,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.2, tor
 KINDS = [("sdpa", torch.float64), *((way, dtype) for way in ("sdpa", "eager") for dtype in list(TOLERANCES)[1:])]
 
 
-@given(kind=st.sampled_from(KINDS), press=presses(), sizes=passes(), seed=st.integers(0, 10_000))
+@given(kind=st.sampled_from(KINDS), press=presses(scored=True), sizes=passes(), seed=st.integers(0, 10_000))
 @settings(max_examples=120)
 def test_pruned_logits_equal_masked_logits(kind, press, sizes, seed):
     model = tiny_model("llama", *kind)
@@ -28,7 +28,7 @@ def test_pruned_logits_equal_masked_logits(kind, press, sizes, seed):
     assert_equal_to_masking(model, KnormCache(model, press), ids, sizes, tolerance=TOLERANCES[model.dtype])
 
 
-@given(kind=st.sampled_from(KINDS), press=presses(), sizes=passes(), data=st.data())
+@given(kind=st.sampled_from(KINDS), press=presses(scored=True), sizes=passes(), data=st.data())
 @settings(max_examples=120)
 def test_padded_rows_equal_masking(kind, press, sizes, data):
     model = tiny_model("llama", *kind)
@@ -38,7 +38,7 @@ def test_padded_rows_equal_masking(kind, press, sizes, data):
     assert_equal_to_masking(model, KnormCache(model, press), ids, sizes, padding, TOLERANCES[model.dtype])
 
 
-@given(family=st.sampled_from(sorted(FAMILIES)), press=presses(), sizes=passes(4), left=st.integers(0, 12))
+@given(family=st.sampled_from(sorted(FAMILIES)), press=presses(scored=True), sizes=passes(4), left=st.integers(0, 12))
 @settings(max_examples=30)
 def test_any_family_under_any_policy_equals_masking(family, press, sizes, left):
     model = tiny_model(family, "eager", torch.float32)
@@ -72,7 +72,7 @@ def test_no_tolerance_takes_what_was_dropped_for_what_was_kept(dtype, seed):
 
 def test_a_failing_case_prints_the_line_that_reproduces_it(capsys):
     @fixed_seed(0)
-    @given(kind=st.sampled_from(KINDS), press=presses(), sizes=passes())
+    @given(kind=st.sampled_from(KINDS), press=presses(scored=True), sizes=passes())
     @settings(max_examples=1, database=None, phases=[Phase.generate])
     def fails(kind, press, sizes):
         raise AssertionError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from knormpress import KnormCache, KnormError, KnormPress
 from knormpress.cache.saving import FORMAT, is_score
 from knormpress.cache.score import key_norms, name_of
-from knormpress.methods.scores import highest_norm
+from knormpress.cache.scores.controls import highest_norm
 from tests.oracle import position_ids
 from tests.strategies import left_padding, tiny_model, tokens
 
@@ -58,6 +60,39 @@ def test_the_continuation_is_equal_to_the_bit(family, length, tmp_path):
         ids = tokens(3 if seed % 4 == 0 else 1, seed=seed)
         assert torch.equal(run(model, loaded, ids), run(model, cache, ids))
     assert loaded.press == cache.press
+
+
+def test_the_scores_of_a_plan_are_in_the_file(tmp_path):
+    """They rank again after loading; a score of one's own is not imported because a file says so."""
+    model, path = tiny_model(), tmp_path / "c.safetensors"
+    for names in (("knorm", "keydiff", "leverage"), ("knorm", f"{__name__}:own_score", "knorm")):
+        press = replace(PRESS, layer_scores=names)
+        cache = KnormCache(model, press)
+        run(model, cache, tokens(30))
+        cache.save(path)
+        loaded = KnormCache.load(path, model)
+        assert loaded.press == press
+        for seed in range(9):
+            assert torch.equal(run(model, loaded, tokens(1, seed=seed)), run(model, cache, tokens(1, seed=seed)))
+        with pytest.raises(KnormError, match="without a score"):
+            KnormCache.load(path, model, score=key_norms)
+    values = metadata(path)
+    state = values["state"].replace(f"{__name__}:own_score", "antigravity:score")
+    save_file(load_file(path), path, values | {"state": state})
+    with pytest.raises(KnormError, match="antigravity:score; import its module"):
+        KnormCache.load(path, model)
+    assert "antigravity" not in sys.modules
+
+
+def test_a_score_over_a_plan_is_that_of_every_layer(tmp_path):
+    """Controls run under a plan's ratios with a score of their own; key norms can be such a score, too."""
+    model, path = tiny_model(), tmp_path / "c.safetensors"
+    plan = replace(PRESS, layer_scores=("highest-norm",) * 3)
+    cache, norms = KnormCache(model, plan, key_norms), KnormCache(model, PRESS)
+    logits = [run(model, each, tokens(30)) is not None and run(model, each, tokens(5)) for each in (cache, norms)]
+    assert torch.equal(*logits)
+    cache.save(path)
+    assert torch.equal(run(model, KnormCache.load(path, model), tokens(1)), run(model, cache, tokens(1)))
 
 
 def test_padding_is_remembered(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from knormpress import KnormCache, KnormError, KnormPress
 from knormpress.cache.score import StoredTokens, key_norms
+from knormpress.cache.scores.named import SCORES
 from knormpress.methods.registry import make_method
 from knormpress.methods.scores import ScoredPress
 from tests.unit.cache.test_hooks import IDS, make_model
@@ -22,7 +23,7 @@ def values_and_places(tokens: StoredTokens) -> torch.Tensor:
 
 
 METHODS = {
-    **{name: make_method(name, PRESS) for name in ("knorm", "recent-window", "keydiff", "random", "highest-norm")},
+    **{name: make_method(name, PRESS) for name in SCORES},
     "a user's": ScoredPress(PRESS, values_and_places),
 }
 

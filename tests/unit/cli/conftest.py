@@ -71,7 +71,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
         *progress, line = captured.err.splitlines()
         assert line.startswith("error: ")
         assert not any(word in captured.err for word in ("Traceback", "Usage:"))
-        assert all(told.startswith(("text: ", "[", "1 of 2 cells", "no retrieval: ")) for told in progress)
+        assert all(told.startswith(("text: ", "[", "1 of 2 cells", "no retrieval: ", "no plan: ")) for told in progress)
         assert files() == before
         return line
 

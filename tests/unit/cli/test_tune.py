@@ -9,6 +9,7 @@ import pytest
 
 from knormpress.cli.app import main
 from knormpress.show.progress import TerminalProgress
+from knormpress.tune.search import SCORES
 from tests.tiny_folder import save_text
 from tests.unit.cli.conftest import Fails
 
@@ -17,7 +18,7 @@ from tests.unit.cli.conftest import Fails
 def tune(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     text = save_text(tmp_path_factory.mktemp("tune") / "text.txt", characters=14_000)
     given = {"model": model_folder, "corpus": text, "device": "cpu", "context": 512, "target-ppl": "60%"}
-    given |= {"target-passkey": "none"}
+    given |= {"target-retrieval": "none"}
     return ["tune", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
 
 
@@ -48,11 +49,20 @@ def test_a_search_that_was_stopped_goes_on_and_prints_its_plan(
     assert len(json.loads(out)["press"]["layer_keep_ratios"]) == 3
 
 
+def test_the_help_shows_the_scores_that_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main(["tune", "--help"]))
+    assert ended.value.code == 0
+    assert ",".join(SCORES) in "".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--target-ppl", "five"], "'five'"),
-        (["--target-passkey", "all"], "'all'"),
+        (["--target-retrieval", "all"], "'all'"),
+        (["--scores", "knorm,none"], "'none'"),
+        (["--scores", ","], "scores"),
         (["--output", "plan.txt"], "'plan.txt'"),
         (["--device", "cpu,cuda"], "cpu,cuda"),
         (["--corpus", "not there.txt"], "not there.txt"),

@@ -20,7 +20,20 @@ def test_groups_fall_in_keep_ratio_and_the_later_of_two_cells_stands() -> None:
 
 def test_a_plan_is_another_cell_than_the_ratio_of_its_mean() -> None:
     records = [make_record(0.7), make_record(0.7, plan=(0.4, 1.0)), make_record(0.7, plan=(1.0, 0.4))]
-    assert [len(group) for group in group_records(records)] == [1, 2]
+    assert [len(group) for group in group_records(records)] == [3]
+    assert [len(group) for group in group_records(records[1:])] == [2]
+
+
+def test_a_plan_joins_the_ratios_that_it_can_be_compared_with() -> None:
+    """What a plan decides itself, skip_layers and keep_recent, does not matter; all else does."""
+    ratios, plan = [make_record(0.9), make_record(0.7)], make_record(plan=(0.4, 1.0), text_name="prose")
+    assert [len(group) for group in group_records([plan, *ratios])] == [2, 1]
+    policy = plan.policy.model_copy(update={"keep_recent": 32, "skip_layers": ()})
+    same = plan.model_copy(update={"policy": policy, "text": ratios[0].text})
+    assert [len(group) for group in group_records([same, *ratios])] == [3]
+    for other in ({"prune_after": 16}, {"schedule": "iterative"}):
+        apart = same.model_copy(update={"policy": policy.model_copy(update=other)})
+        assert [len(group) for group in group_records([apart, *ratios])] == [2, 1]
 
 
 def test_differences_are_named() -> None:
@@ -45,7 +58,6 @@ def test_differences_are_named() -> None:
         ({"prefill_chunk": 256}, "prefill chunk"),
         ({"new_tokens": 8}, "new tokens"),
         ({"method": "random"}, "method"),
-        ({"plan": (0.9, 0.9)}, "kind of ratio"),
     ],
 )
 def test_records_that_differ_are_no_group(changed: dict[str, Any], named: str) -> None:

@@ -33,7 +33,7 @@ def test_the_defaults() -> None:
         scored_tokens=256,
     )  # fmt: skip
     assert Candidates().presses == tuple(KnormPress(ratio, 512, (0,)) for ratio in (1.0, 0.9, 0.8, 0.7))
-    assert (Candidates().method, Candidates().plan) == ("knorm", None)
+    assert (Candidates().method, Candidates().plan) == ("knorm", "auto")
 
 
 def test_quick_is_never_more_than_was_asked_for() -> None:

@@ -19,14 +19,17 @@ import torch
 
 from knormpress import KnormPress
 from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.compare.settings import group_records
 from knormpress.errors import KnormError
 from knormpress.measure import latency, sweep
 from knormpress.measure.options import Candidates, Effort, Source
 from knormpress.measure.quality import score_document
 from knormpress.measure.sweep import SweepSettings, run
+from knormpress.policy import plan as plan_file
 from knormpress.progress import Progress
 from knormpress.records.figures import Quality
 from knormpress.records.jsonl import read_records
+from knormpress.records.plan import write_plan
 from knormpress.records.schema import Record
 from knormpress.workload.bench import Bench
 from knormpress.workload.corpora import load_corpus
@@ -64,7 +67,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> SweepSettings:
     folder = tmp_path_factory.mktemp("tiny")
     return SweepSettings(
         Candidates(keep_ratios=(1.0, 0.8, 0.3), prune_after=16),
-        Effort(tasks=(), prompt_tokens=(48,), new_tokens=3, samples=2, rounds=2, seconds=0.0, scored_tokens=16),
+        Effort(
+            tasks=(), prompt_tokens=(48,), new_tokens=3, samples=2, rounds=2, seconds=0.0, scored_tokens=16, cost=True
+        ),
         Source(model=str(save_model(folder)), device=("cpu",), corpus=str(save_text(folder / "text.txt"))),
     )
 
@@ -110,6 +115,7 @@ class MadeUp:
         patch.setattr(sweep, "cold_ttft", lambda *_, **__: None)
         patch.setattr(sweep, "weights_tpot", lambda *_: 0.001)
         patch.setattr(sweep, "measure_memory", lambda *_, **__: record.memory)
+        patch.setattr(sweep, "count_full_prefill", lambda *_, **__: ())
         patch.setattr(sweep, "measure_cost", lambda *_, **__: record.cost)
         patch.setattr(sweep, "measure_latency", self.latency)
         patch.setattr(sweep, "measure_quality", self.quality)
@@ -170,10 +176,11 @@ def test_quality_is_that_of_the_documents_one_by_one(settings: SweepSettings, me
 
 def test_steps_go_up_one_by_one_to_the_total(measured: Measured) -> None:
     told = measured.told
+    assert told.steps.pop(0)[2] == "loading the model"  # which decides whether a plan is measured too
     done = [step[0] for step in told.steps]
-    # 2 documents, and for each of 3 cells 2 passes for memory, 2 for cost, and 2 runs in each of 2 rounds and a warm-up
-    assert {total for _, total, _ in told.steps} == {2 + 3 * (4 + 6)}
-    assert done[-1] == 32
+    # 2 documents, and for each of 3 cells 2 passes for memory and 2 runs in each of 2 rounds and a warm-up
+    assert {total for _, total, _ in told.steps} == {2 + 3 * (2 + 6)}
+    assert done[-1] == 26
     assert all(after - before in (0, 1) for before, after in itertools.pairwise(done))
     assert "text.txt" in told.lines[0]
 
@@ -205,7 +212,7 @@ def test_no_more_tokens_are_scored_than_the_model_has_positions_for(
     records = list(run(long, path, progress=told))
     assert [record.conditions.scored_tokens for record in records] == [100, 512 - 440 - 1]
     assert made_up.texts == [[48 + 100 + 1], [512]]
-    (line,) = told.lines[1:]
+    (line,) = (line for line in told.lines[1:] if not line.startswith("no plan: "))
     assert all(number in line for number in ("440", "71", "100", "512"))
     assert list(run(long, path)) == records
 
@@ -459,10 +466,35 @@ def test_usual_tasks_that_a_model_can_not_have_are_left_out_and_named_ones_are_a
     (record,) = run(changed(settings, keep_ratios=(0.3,), tasks=None), path, progress=told)
     assert record.retrieval is None
     assert any(line.startswith("no retrieval: ") for line in told.lines)
-    assert told.steps[-1][1] == 2 + (4 + 6)
+    assert told.steps[-1][1] == 2 + (2 + 6)
     # The cell is the same cell when it is asked for again.
     assert list(run(changed(settings, keep_ratios=(0.3,), tasks=None), path)) == [record]
     for tasks, expected in ((("json",), "json"), (("haystack",), "no task 'haystack'")):
         with pytest.raises(KnormError, match=expected):
             list(run(changed(settings, keep_ratios=(0.3,), tasks=tasks), tmp_path / "other.jsonl"))
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_the_plan_that_comes_with_the_package_is_measured_beside_the_ratios(
+    settings: SweepSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_up: MadeUp
+) -> None:
+    """For its model, with key norms, and behind prompts that it prunes; in one table with the ratios."""
+    corpus = load_corpus(settings.source.corpus)
+    bench = Bench.open(settings.source.model, corpus, device=torch.device("cpu"), dtype="float32")
+    layers = bench.layers
+    press = KnormPress(layer_keep_ratios=(0.5,) * layers, prune_after=16, layer_scores=("keydiff",) * layers)
+    model = {"name": "tiny", "dtype": "float32", "fingerprint": model_fingerprint(bench.model)}
+    monkeypatch.setattr(plan_file, "_SHIPPED", tmp_path / "plans")
+    plan = make_plan(press=press, model=model, frontier=(), sensitivities=None, kept=None)
+    write_plan(plan, tmp_path / "plans" / "a.json")
+
+    def planned(path: str, **how: Any) -> list[bool]:
+        chosen = changed(settings, **{"keep_ratios": (1.0, 0.3), **how})
+        records = list(run(chosen, tmp_path / path))
+        assert all(len(group) == len(records) for group in group_records(records))
+        return [record.policy.layer_scores is not None for record in records]
+
+    assert planned("1.jsonl") == [False, False, True]
+    assert planned("2.jsonl", plan=None) == [False, False]
+    assert planned("3.jsonl", method="random") == [False, False]
+    assert planned("4.jsonl", prompt_tokens=(15,), keep_ratios=(1.0,)) == [False]

@@ -10,8 +10,9 @@ import torch
 from transformers import DynamicCache
 
 from knormpress import KnormCache, KnormError, KnormPress
+from knormpress.cache.scores.controls import random_order
 from knormpress.methods.registry import make_method, method_names
-from knormpress.methods.scores import ScoredPress, random_order
+from knormpress.methods.scores import ScoredPress
 from tests.strategies import tiny_model, tokens
 
 PRESS = KnormPress(keep_ratio=0.5, prune_after=16, skip_layers=())

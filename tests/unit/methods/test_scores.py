@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knormpress.cache.score import StoredTokens, key_norms
-from knormpress.methods.scores import highest_norm, key_difference, random_order, recent_window
+from knormpress.cache.score import StoredTokens
+from knormpress.cache.scores.controls import random_order
+from knormpress.cache.scores.keydiff import key_difference, key_difference_in_windows
+from knormpress.cache.scores.leverage import leverage
+from knormpress.cache.scores.named import SCORES
+from knormpress.cache.scores.windows import window_sums
 
 
 def given(keys: torch.Tensor, positions: torch.Tensor | None = None, layer: int = 0) -> StoredTokens:
@@ -15,12 +19,51 @@ def given(keys: torch.Tensor, positions: torch.Tensor | None = None, layer: int 
     return StoredTokens(keys, keys, places.expand(keys.shape[:-1]), layer)
 
 
-@pytest.mark.parametrize("score", [highest_norm, key_difference, key_norms, random_order, recent_window])
+@pytest.mark.parametrize("score", SCORES.values())
 def test_scores_have_a_value_for_every_head_and_are_finite(score):
     scores = score(given(torch.randn(2, 3, 9, 4)))
     assert scores.shape == (2, 3, 9)
     assert scores.is_floating_point()
     assert scores.isfinite().all()
+
+
+def test_key_difference_in_windows_compares_with_the_keys_of_the_window():
+    """A direction that is common in one window and rare in the next is kept there alone; what is left has no window."""
+    common, rare = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    keys = torch.cat([common.expand(128, 2), rare.expand(128 + 50, 2)])
+    keys[[7, 150, 300]] = torch.stack([rare, common, common])
+    scores = key_difference_in_windows(given(keys[None, None]))[0, 0]
+    assert set(scores.argsort()[:3].tolist()) == {7, 150, 300}
+    assert key_difference(given(keys[None, None]))[0, 0][7] > scores[7] + 0.5
+
+
+def test_leverage_is_the_share_of_the_window_in_keys_times_that_in_values():
+    """Windows of 16 and 16, and the 7 left over with the second; the sinks come first whatever they hold."""
+    keys, values = torch.rand(2, 1, 2, 39, 4, dtype=torch.float64)
+    tokens = StoredTokens(keys, values, torch.arange(39).expand(1, 2, -1), 0)
+    scores = leverage(tokens)
+    assert (scores[..., :4] == -2).all()
+    squares = keys.square().sum(-1) * values.square().sum(-1)
+    for window in (slice(4, 16), slice(16, 39)):
+        whole = slice(0, 16) if window.start == 4 else window
+        sums = keys[:, :, whole].square().sum((2, 3)) * values[:, :, whole].square().sum((2, 3))
+        torch.testing.assert_close(scores[..., window], -squares[..., window] / sums[..., None])
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 100])
+def test_window_sums_see_no_padding(size):
+    """Rows with holes and padding anywhere get what they get without them."""
+    generator = torch.Generator().manual_seed(size)
+    amounts = torch.rand(2, 3, 40, 2, dtype=torch.float64, generator=generator)
+    real = torch.rand(2, 3, 40, generator=generator) < 0.7
+    sums = window_sums(amounts, real, size)
+    for row in range(2):
+        for head in range(3):
+            own = amounts[row, head][real[row, head]][None, None]
+            alone = window_sums(own, torch.ones(own.shape[:3], dtype=torch.bool), size)
+            assert torch.equal(sums[row, head][real[row, head]], alone[0, 0])
+            ends = [*range(size, own.shape[2] - size + 1, size), own.shape[2]]
+            torch.testing.assert_close(alone[0, 0, -1], own[0, 0, ends[-2] if len(ends) > 1 else 0 :].sum(0))
 
 
 def test_key_difference_keeps_the_key_that_points_elsewhere():

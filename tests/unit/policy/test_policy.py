@@ -26,6 +26,7 @@ from knormpress.policy.policy import Policy, share
         ("skip_layers", "0"),
         ("skip_layers", (0.5,)),
         ("skip_layers", 0),
+        ("layer_scores", "knorm"),
         ("schedule", "sometimes"),
     ],
 )
@@ -69,11 +70,21 @@ def test_ratios_of_skipped_and_planned_layers():
         ({"skip_layers": (4,)}, "layer 4, .* 4 layers; .*-4 to 3"),
         ({"skip_layers": (-5,)}, "layer -5, .* 4 layers; .*-4 to 3"),
         ({"layer_keep_ratios": (0.1, 0.2)}, "2 entries, .* 4 layers"),
+        ({"layer_scores": ("knorm",)}, "1 entries, .* 4 layers"),
     ],
 )
 def test_a_policy_must_fit_the_model(values, told):
     with pytest.raises(KnormError, match=told):
-        Policy(**values).ratios(4)
+        Policy(**values).scores(4), Policy(**values).ratios(4)
+
+
+def test_scores_are_names_and_key_norms_where_none_are_given():
+    assert Policy().scores(2) == ("knorm", "knorm")
+    assert Policy(layer_scores=["keydiff", "knorm"]).scores(2) == ("keydiff", "knorm")
+    assert Policy(layer_scores=("keydiff",)) != Policy() == Policy(layer_scores=None)
+    for names in (("",), (1,), (None,)):
+        with pytest.raises(KnormError, match=r"layer_scores has .*; wanted names"):
+            Policy(layer_scores=names)
 
 
 @pytest.mark.parametrize(

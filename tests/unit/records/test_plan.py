@@ -68,17 +68,20 @@ def write(path: Path, values: dict[str, Any]) -> str:
     return text
 
 
-def test_the_file_format_stays_as_it_is(path: Path) -> None:
-    text = write(path, WRITTEN)
+def test_a_file_of_an_earlier_version_is_read(path: Path) -> None:
+    """Its words were other ones, and it has no scores."""
+    write(path, WRITTEN)
     plan = read_plan(path)
     assert plan.press == Policy(layer_keep_ratios=(1.0, 0.25, 0.5), keep_recent=32)
     assert plan.model == PlannedModel(name="tiny", dtype="float32", fingerprint="0123")
-    assert plan.targets == PlannedTargets(ppl=60.0, passkey=None)
+    assert plan.targets == PlannedTargets(ppl=60.0, retrieval=None)
     uniform = Policy(keep_ratio=0.9)
-    measured = {"mean_keep": 0.9, "ppl": (1.0, -0.5, 2.5), "kl": 0.01, "passkeys": (39, 40)}
+    measured = {"mean_keep": 0.9, "ppl": (1.0, -0.5, 2.5), "kl": 0.01, "found": (39, 40)}
     assert plan.frontier == (Point(name="tuned", press=uniform, **measured),)
+    assert plan.sensitivities is not None
+    assert plan.sensitivities.answers == ((0.0,), (0.5,), (0.0,))
     write_plan(plan, path)
-    assert path.read_text(encoding="utf-8") == text
+    assert read_plan(path) == plan
 
 
 @pytest.mark.parametrize(
@@ -94,9 +97,9 @@ def test_read_as_written(tmp_path: Path, plan: Plan) -> None:
 
 
 def test_the_figures_of_a_point() -> None:
-    tuned, without_passkeys = make_plan().frontier[5:7]
+    tuned, without_items = make_plan().frontier[5:7]
     assert tuned.share == 0.9
-    assert without_passkeys.share != without_passkeys.share  # NaN
+    assert without_items.share != without_items.share  # NaN
     assert (tuned.change.percent, tuned.change.ends) == (2.9, tuned.ppl[1:])
     assert make_plan().mean_keep == pytest.approx(0.4)
     # Another method under the same policy is not the plan.

@@ -107,7 +107,7 @@ def test_texts_stay_apart_for_any_number_of_layers(layers: int, drawn: Drawn) ->
     ratios = tuple(0.1 * step for step in range(1, 10))
     losses = tuple(tuple(0.01 * (layer + 1) * ratio for ratio in ratios) for layer in range(layers))
     plan = make_plan(press=KnormPress(layer_keep_ratios=(0.5,) * layers))
-    draw_sensitivities(plan, Sensitivities(ratios=ratios, text=losses, passkey=losses)).savefig(io.BytesIO())
+    draw_sensitivities(plan, Sensitivities(ratios=ratios, text=losses, answers=losses)).savefig(io.BytesIO())
     assert len(drawn) == 1
     assert faults(drawn) == []
 
@@ -157,7 +157,7 @@ def test_the_star_is_at_the_plan_as_read_from_its_file(tmp_path: Path) -> None:
     figure = frontier(read_plan(tmp_path / "plan.json"))
     assert [stars(axes) for axes in figure.axes] == [[(0.4, 2.9)], [(0.4, 90.0)]]
     assert [text.get_text() for text in figure.axes[0].texts] == ["this plan"]
-    assert any("keeps 0.400\nPPL +2.9 %" in entry and "passkeys 36 of 40" in entry for entry in legend(figure))
+    assert any("keeps 0.400\nPPL +2.9 %" in entry and "found 36 of 40" in entry for entry in legend(figure))
 
 
 def test_a_plan_that_was_not_measured_has_no_star() -> None:
@@ -182,7 +182,7 @@ def test_the_name_of_the_star_is_clear_of_lines_and_whiskers() -> None:
 
 @pytest.mark.parametrize(("ppl", "share"), [(5.0, 0.9), (0.5, 0.0), (60.0, 1.0)])
 def test_targets_are_drawn_where_they_are(ppl: float, share: float) -> None:
-    figure = frontier(make_plan(targets={"ppl": ppl, "passkey": share}))
+    figure = frontier(make_plan(targets={"ppl": ppl, "retrieval": share}))
     assert [targets(axes) for axes in figure.axes] == [[ppl], [100 * share]]
     for axes in figure.axes:
         assert axes.get_ylim()[0] < targets(axes)[0] < axes.get_ylim()[1]
@@ -190,7 +190,7 @@ def test_targets_are_drawn_where_they_are(ppl: float, share: float) -> None:
 
 
 def test_a_target_that_was_not_asked_for_is_not_drawn() -> None:
-    figure = frontier(make_plan(targets={"ppl": 5.0, "passkey": None}))
+    figure = frontier(make_plan(targets={"ppl": 5.0, "retrieval": None}))
     assert [targets(axes) for axes in figure.axes] == [[5.0], []]
     (target,) = (entry for entry in legend(figure) if "target" in entry)
     assert "passkeys" not in target
@@ -204,9 +204,9 @@ def test_a_ruined_policy_does_not_squash_the_others(ruined: float) -> None:
     assert top < axes.get_window_extent().y1
 
 
-@pytest.mark.parametrize("passkeys", [None, (0, 0)])
-def test_without_passkeys_there_is_one_panel(passkeys: tuple[int, int] | None) -> None:
-    points = tuple(point.model_copy(update={"passkeys": passkeys}) for point in POINTS)
+@pytest.mark.parametrize("found", [None, (0, 0)])
+def test_without_items_there_is_one_panel(found: tuple[int, int] | None) -> None:
+    points = tuple(point.model_copy(update={"found": found}) for point in POINTS)
     (axes,) = frontier(make_plan(frontier=points)).axes
     assert axes.get_position().height > 0.7
     assert axes.get_xlabel() != ""
@@ -238,7 +238,7 @@ def test_a_plan_with_nothing_to_draw_is_refused(tmp_path: Path) -> None:
 def test_sensitivities_are_coloured_by_size_and_the_plan_stands_beside() -> None:
     text = ((0.02, 0.001), (0.0002, -0.5), (0.0, 0.0002), (0.004, 1e-12), (0.1, -0.1), (0.3, 0.2))
     sensitivities = Sensitivities(
-        ratios=(0.1, 0.5), text=text, passkey=tuple((1.0 + layer, -0.0) for layer in range(LAYERS))
+        ratios=(0.1, 0.5), text=text, answers=tuple((1.0 + layer, -0.0) for layer in range(LAYERS))
     )
     figure = draw_sensitivities(make_plan(), sensitivities)
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
@@ -253,7 +253,7 @@ def test_sensitivities_are_coloured_by_size_and_the_plan_stands_beside() -> None
     assert np.argmin(lightness) == 10
     written = [part.get_text() for part in panels["Text"].texts]
     assert written[:4] == ["0.020", "0.001", "0.000", "\N{MINUS SIGN}0.500"]
-    assert [part.get_text() for part in panels["Passkeys"].texts][:2] == ["1.00", "0.00"]
+    assert [part.get_text() for part in panels["Items"].texts][:2] == ["1.00", "0.00"]
     assert [bar.get_width() for bar in panels["The plan"].patches] == list(TUNED.layer_keep_ratios or ())
     assert [bar.get_y() + bar.get_height() / 2 for bar in panels["The plan"].patches] == pytest.approx(range(LAYERS))
     assert panels["The plan"].get_ylim() == panels["Text"].get_ylim()
@@ -262,7 +262,7 @@ def test_sensitivities_are_coloured_by_size_and_the_plan_stands_beside() -> None
 
 
 def test_sensitivities_that_cost_nothing_at_all_are_all_pale(tmp_path: Path) -> None:
-    sensitivities = Sensitivities(ratios=(0.5,), text=((0.0,),) * LAYERS, passkey=())
+    sensitivities = Sensitivities(ratios=(0.5,), text=((0.0,),) * LAYERS, answers=())
     figure = draw_sensitivities(make_plan(), sensitivities)
     assert "Passkeys" not in [axes.get_title(loc="left") for axes in figure.axes]
     figure.savefig(tmp_path / "pale.png")

@@ -23,7 +23,7 @@ def test_every_point_stands_with_its_figures() -> None:
     lines = [" ".join(line.split()) for line in printed(plan).splitlines()]
     for point in plan.frontier:
         name = "tuned (the plan)" if plan.is_own(point) else point.name
-        answered = "" if point.passkeys is None else f" {point.passkeys[0]}/{point.passkeys[1]}"
+        answered = "" if point.found is None else f" {point.found[0]}/{point.found[1]}"
         figures = f"{point.mean_keep:.3f} {point.change} {point.change.interval} {point.kl:.4f}{answered}"
         assert f"{name} {figures}" in lines
     assert "keep ratio of each layer: 0.9 0.1 0.2 0.4 0.3 0.5" in lines
@@ -35,7 +35,7 @@ def test_a_large_plan_fits_80_columns() -> None:
     press = KnormPress(layer_keep_ratios=(0.123,) * 80)
     interval = (-1234.5, -2345.6, 12345.6)
     points = [
-        Point(name=name, press=policy, mean_keep=0.123, ppl=interval, kl=1.2345, passkeys=(140, 140))
+        Point(name=name, press=policy, mean_keep=0.123, ppl=interval, kl=1.2345, found=(140, 140))
         for name, policy in (("tuned", press), ("uniform", press), ("tuned for perplexity", KnormPress(0.5)))
     ]
     name = "an-organisation-of-that-name/a-model-with-a-very-long-name-7B-Instruct"

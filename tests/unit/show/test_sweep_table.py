@@ -32,6 +32,16 @@ def test_it_fits_80_columns_and_nothing_is_cut_short(width: int, ratios: tuple[f
     assert "\N{HORIZONTAL ELLIPSIS}" not in plain
 
 
+def test_a_plan_has_its_row_in_the_table_of_the_ratios() -> None:
+    """Its ratios for single layers, and what they replace, set it apart from no ratio for all layers."""
+    records = [*make_records((1.0, 0.7)), make_record(plan=(0.9, 0.1, 0.2))]
+    text = printed(records)
+    assert text.count("Change against the full cache") == 1
+    assert re.search(r"^plan 0\.40 ", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert printed([*records, make_record(plan=(0.9, 0.1, 0.2), new_tokens=8)]).count("Change against") == 2
+
+
 def test_on_a_narrow_terminal_rows_are_stacked_and_nothing_is_cut_short() -> None:
     records = make_records((0.9, 0.05), ttft_cold_s=1.7, prompt_tokens=131_072)
     text = printed(records, width=40, force_terminal=True, color_system=None)

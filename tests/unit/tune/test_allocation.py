@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knormpress.tune.allocation import Curve, least_keep, plan_at
+from knormpress.tune.allocation import Choice, Curve, least_keep, mean_of, plan_at
 
 RATIOS = (0.1, 0.4, 1.0)
 DAMAGES = st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)).map(lambda two: (max(two), min(two), 0.0))
-CURVES = st.lists(DAMAGES.map(lambda damage: Curve(RATIOS, damage)), min_size=1, max_size=3)
+CURVES = st.lists(DAMAGES.map(lambda damage: Curve(RATIOS, damage)), min_size=1, max_size=2)
+LAYERS = st.lists(CURVES, min_size=1, max_size=3)
 
 
-def damage_of(curves: list[Curve], plan: tuple[float, ...]) -> float:
+def damage_of(layers: list[list[Curve]], plan: tuple[Choice, ...]) -> float:
     total = 0.0
-    for curve, ratio in zip(curves, plan, strict=True):
-        ratios, damage = curve.sampled()
-        (place,) = [i for i, known in enumerate(ratios) if known == ratio]
+    for curves, choice in zip(layers, plan, strict=True):
+        ratios, damage = curves[choice.curve].sampled()
+        (place,) = [i for i, known in enumerate(ratios) if known == choice.ratio]
         total += damage[place]
     return total
 
 
-@given(CURVES, st.floats(0.1, 1.0))
-def test_no_plan_that_keeps_as_little_does_less(curves, mean_keep):
-    plan = plan_at(curves, mean_keep)
-    assert statistics.fmean(plan) <= mean_keep + 1e-9
-    found, kept = damage_of(curves, plan), statistics.fmean(plan)
-    for other in itertools.product(RATIOS, repeat=len(curves)):
-        if statistics.fmean(other) <= kept:
-            assert damage_of(curves, other) >= found - 1e-9
+@given(LAYERS, st.floats(0.1, 1.0))
+def test_no_plan_that_keeps_as_little_does_less(layers, mean_keep):
+    plan = plan_at(layers, mean_keep)
+    assert mean_of(plan) <= mean_keep + 1e-9
+    found, kept = damage_of(layers, plan), mean_of(plan)
+    choices = [[Choice(curve, ratio) for curve in range(len(curves)) for ratio in RATIOS] for curves in layers]
+    for other in itertools.product(*choices):
+        if mean_of(other) <= kept:
+            assert damage_of(layers, other) >= found - 1e-9
 
 
 def test_the_layer_that_does_no_harm_is_cut_first():
-    assert plan_at([Curve(RATIOS, (1.0, 0.6, 0.0)), Curve(RATIOS, (0.0, 0.0, 0.0))], 0.56) == (1.0, 0.1)
+    plan = plan_at([[Curve(RATIOS, (1.0, 0.6, 0.0))], [Curve(RATIOS, (0.0, 0.0, 0.0))]], 0.56)
+    assert [choice.ratio for choice in plan] == [1.0, 0.1]
+
+
+def test_a_layer_gets_the_score_that_does_less_harm_at_its_ratio():
+    """One is better far down, the other further up."""
+    layer = [Curve(RATIOS, (0.5, 0.4, 0.0)), Curve(RATIOS, (0.9, 0.1, 0.0))]
+    assert plan_at([layer], 0.1) == (Choice(0, 0.1),)
+    assert plan_at([layer], 0.4) == (Choice(1, 0.4),)
 
 
 def test_what_rises_with_less_kept_only_by_noise_is_not_believed():
@@ -47,22 +56,22 @@ def test_what_rises_with_less_kept_only_by_noise_is_not_believed():
 
 
 def test_where_even_the_lowest_ratios_keep_more_those_are_given():
-    assert plan_at([Curve((0.5, 1.0), (1.0, 0.0))], 0.2) == (0.5,)
+    assert plan_at([[Curve((0.5, 1.0), (1.0, 0.0))]], 0.2) == (Choice(0, 0.5),)
 
 
 def test_halving_finds_the_limit():
-    curves = [Curve(RATIOS, (1.0 - i / 9, 0.3, 0.0)) for i in range(9)]
+    curves = [[Curve(RATIOS, (1.0 - i / 9, 0.3, 0.0))] for i in range(9)]
     tried = []
 
-    def is_good(plan: tuple[float, ...]) -> bool:
+    def is_good(plan: tuple[Choice, ...]) -> bool:
         tried.append(plan)
-        return statistics.fmean(plan) >= 0.43
+        return mean_of(plan) >= 0.43
 
     plan = least_keep(curves, is_good, low=0.1, high=0.9)
     assert plan is not None
-    assert 0.43 <= statistics.fmean(plan) <= 0.43 + 0.06
+    assert 0.43 <= mean_of(plan) <= 0.43 + 0.06
     assert len(tried) <= 8
 
 
 def test_nothing_good_gives_nothing():
-    assert least_keep([Curve(RATIOS, (1.0, 0.3, 0.0))], lambda _: False, low=0.1, high=0.9) is None
+    assert least_keep([[Curve(RATIOS, (1.0, 0.3, 0.0))]], lambda _: False, low=0.1, high=0.9) is None

@@ -28,17 +28,33 @@ def test_the_probes_measure_what_the_quality_is_measured_by(family):
         damage = probes.measure(press)
         assert damage.kl == pytest.approx(found.kl, rel=1e-3, abs=1e-7)
         assert damage.nll == pytest.approx(rise, rel=1e-3, abs=1e-6)
-        assert (damage.key_nll, damage.found) == (0.0, 1.0)
+        assert (damage.answer_nll, damage.found) == (0.0, 1.0)
         assert probes.around(nearly)(press, 2) == damage
         assert probes.measure(nearly) != damage
 
 
-def test_keys_that_the_full_cache_does_not_find_are_left_out(bench):
-    prompts = haystacks(bench, ("passkey",), count=3, which="calibration")
+def test_items_that_the_full_cache_does_not_find_are_left_out(bench):
+    """Of three texts with four questions each, it finds two of one text."""
+    prompts = haystacks(bench, ("multikey-filler",), count=3, which="calibration")
     findable, ticks = answered(bench.model, prompts[1]), []
-    texts, asked = bench.documents(length=512 + 33, count=1), [prompts[0], findable, prompts[2]]
+    mixed = replace(findable, questions=(*findable.questions[:2], *prompts[1].questions[2:]))
+    texts, asked = bench.documents(length=512 + 33, count=1), [prompts[0], mixed, prompts[2]]
     with Probes.open(bench.model, texts, asked, context=512, after_each=lambda: ticks.append(1)) as probes:
         assert len(ticks) == 4
-        assert probes.passkeys == 1
+        assert probes.items == 2
         assert probes.measure(KnormPress(1.0)).found == 1.0
-        assert probes.measure(KnormPress(0.05)).key_nll != 0.0
+        assert probes.measure(KnormPress(0.05)).answer_nll != 0.0
+
+
+def test_one_layer_is_measured_on_half_of_the_texts(bench):
+    """Two of four documents, one of two texts of each task, two of four questions; replayed or not."""
+    tasks = ("multikey-filler", "passkey")
+    texts = bench.documents(length=512 + 33, count=4)
+    asked = [answered(bench.model, text) for text in haystacks(bench, tasks, count=2, which="calibration")]
+    press = KnormPress(layer_keep_ratios=(1.0, 1.0, 0.1))
+    half = [replace(text, questions=text.questions[:2]) for text in (asked[0], asked[2])]
+    with Probes.open(bench.model, texts, asked, context=512) as probes:
+        assert probes.items == 10
+        damage = probes.around(KnormPress(1.0))(press, 2)
+    with Probes.open(bench.model, texts[:2], half, context=512) as probes:
+        assert probes.measure(press) == damage

@@ -50,14 +50,14 @@ class Told(Progress):
         self.steps.append((done, total, doing))
 
 
-def test_every_policy_is_measured_through_its_method_and_asked_for_keys_where_wanted(bench):
+def test_every_policy_is_measured_through_its_method(bench):
     """Of three keys the full cache finds two, so only these count."""
     low, told = KnormPress(0.3, 16), Told()
-    tried = [Tried("tuned", PRESS), Tried("random", low, method="random", passkeys=False), Tried("uniform", low)]
+    tried = [Tried("tuned", PRESS), Tried("random", low, method="random"), Tried("uniform", low)]
     texts = bench.documents(length=64 + 17, count=2)
     first, unknown, last = haystacks(bench, ("passkey",), count=3)
     keys = [answered(bench.model, first, 1), unknown, answered(bench.model, last, 1)]
-    points = measure_unseen(bench, tried, texts, context=64, passkeys=keys, progress=told)
+    points = measure_unseen(bench, tried, texts, context=64, haystacks=keys, progress=told)
     methods = [make_method(one.method, one.press) for one in tried]
     expected = measure_quality(bench.model, methods, texts, context=64)
     assert [point.name for point in points] == ["tuned", "random", "uniform"]
@@ -66,17 +66,14 @@ def test_every_policy_is_measured_through_its_method_and_asked_for_keys_where_wa
     assert [point.ppl for point in points] == [(one.ppl.percent, *one.ppl.ends) for one in expected]
     assert points[0].mean_keep == pytest.approx(1.6 / 3)
     assert points[1].mean_keep == pytest.approx(1.6 / 3)  # the first layer is not pruned
-    asked = measure_retrieval(bench.model, [PRESS, low], keys)
-    assert [one.share.known for one in asked] == [2, 2]
-    assert [point.passkeys for point in points] == [(asked[0].share.found, 2), None, (asked[1].share.found, 2)]
-    assert told.steps[-4:] == [(done, 3, "unseen passkeys") for done in range(4)]
+    shares = [one.share for one in measure_retrieval(bench.model, methods, keys)]
+    assert [point.found for point in points] == [(share.found, 2) for share in shares]
+    assert [point.ends for point in points] == [(share.low, share.high) for share in shares]
+    assert [step[:2] for step in told.steps[-4:]] == [(done, 3) for done in range(4)]
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_where_no_keys_are_wanted_none_are_asked_for(bench, monkeypatch, wanted):
+def test_where_nothing_is_asked_nothing_is_said_of_it(bench, monkeypatch):
     monkeypatch.setattr(unseen, "measure_retrieval", lambda *_, **__: pytest.fail("asked"))
-    texts, keys = bench.documents(length=64 + 17, count=2), haystacks(bench, ("passkey",), count=1)
-    passkeys = [] if wanted else keys
-    tried = [Tried("tuned", PRESS, passkeys=wanted)]
-    (point,) = measure_unseen(bench, tried, texts, context=64, passkeys=passkeys, progress=Progress())
-    assert point.passkeys is None
+    texts = bench.documents(length=64 + 17, count=2)
+    (point,) = measure_unseen(bench, [Tried("tuned", PRESS)], texts, context=64, haystacks=[], progress=Progress())
+    assert (point.found, point.ends) == (None, None)

@@ -502,7 +502,7 @@ class TestRefusals:
             return replace(bytewise, model=bytewise.model.__class__(config))
 
         assert haystacks(of(needed), (name,), count=1, lengths=[900])
-        message = rf"{needed - 1} positions, but {name} takes {needed}; .*--tasks none.*--target-passkey none"
+        message = rf"{needed - 1} positions, but {name} takes {needed}; .*--tasks none.*--target-retrieval none"
         self.refused(of(needed - 1), message, name, count=1, lengths=[900])
 
     @pytest.mark.parametrize(
