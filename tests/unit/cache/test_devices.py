@@ -74,12 +74,13 @@ def test_layers_on_two_devices(tmp_path: Path) -> None:
         split = fake.split(whole)
         cache = KnormCache(split, press)
         for part, wanted in zip(PARTS, expected, strict=False):
-            assert torch.equal(logits(split, cache, *part), wanted)
+            # Not to the bit: how a product is summed depends on where in memory its factors lie.
+            torch.testing.assert_close(logits(split, cache, *part), wanted, rtol=0, atol=1e-5)
         cache.save(tmp_path / "c.safetensors")
         loaded = KnormCache.load(tmp_path / "c.safetensors", split)
         for each in (cache, loaded):
             assert [layer.keys.device for layer in each.layers] == [CPU, DEVICE, DEVICE]
-            assert torch.equal(logits(split, each, 26, 30), expected[-1])
+            torch.testing.assert_close(logits(split, each, 26, 30), expected[-1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
