@@ -19,7 +19,7 @@ Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything again; the earlier results are renamed.")]
 Cost = Annotated[
     bool,
-    typer.Option("--cost", help="Also count operators, bytes, FLOPs and host reads; takes 20 s more a cell."),
+    typer.Option("--cost", help="Also count operators, bytes, FLOPs and host reads; takes longer."),
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Few repetitions: shows that everything runs, but decides little.")

@@ -76,7 +76,7 @@ def setting(record: Record) -> dict[str, object]:
 
 def _comparable(plan: Record, other: Record) -> bool:
     """Whether a plan's record differs from another one only in what a plan decides."""
-    return not set(differences([plan, other])) - {"kind of ratio", "skip_layers", "keep_recent", "layer scores"}
+    return not set(differences([plan, other])) - {"kind of ratio", "skip_layers", "keep_recent"}
 
 
 def _ratios(record: Record) -> object:

@@ -108,7 +108,7 @@ def test_the_plan_is_within_both_targets_on_what_the_search_saw(bench, tmp_path,
 
 
 def test_the_scores_of_the_plan_are_those_that_were_allowed(bench, tmp_path, unmeasured):
-    """Where one score ranks by the tokens' worth and the other against it, no layer that is cut gets the other."""
+    """And the file of the plan says which layer has which."""
     for scores, wanted in ((("highest-norm", "knorm"), None), (("keydiff",), "keydiff")):
         path = tmp_path / f"{scores[0]}.json"
         plan = tune(bench, LOOSE, path, scores=scores, context=CONTEXT, minutes=5.0)
