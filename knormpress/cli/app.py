@@ -135,7 +135,9 @@ def tune(
     scores: Annotated[
         str, typer.Option(help="Scores that a layer may get, separated by commas; module:object for your own.")
     ] = "knorm,keydiff,keydiff-128,leverage",
-    minutes: Annotated[float, typer.Option(help="Time for the search; measuring the plan takes extra time.")] = 5.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time for the search and its report; the search gets at least half.")
+    ] = 8.0,
     context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned for.")] = 1024,
     output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the measurements of an earlier search.")] = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 
@@ -55,7 +55,7 @@ OPTIONS = {
         Option("retrieval_share", 0.9, "Share of the full cache's items that a retrieval gate requires.", float),
         _shared("tasks"),
         Option("passkey_share", 0.9, "Share of the passkeys that a passkey gate requires.", float),
-        _shared("plan", "", "Plan from knormpress tune, used in place of the keep ratios."),
+        _shared("plan", "", "Plan of knormpress tune in place of the keep ratios; auto for the one of the package."),
         _shared("method"),
         _shared("precision"),
         _shared("seconds"),
@@ -106,20 +106,20 @@ def devices(config: pytest.Config) -> list[Any]:
     ]
 
 
-def press_id(press: KnormPress) -> str:
+def press_id(press: KnormPress | Literal["auto"]) -> str:
     """The part of a test's id that stands for ``press``."""
-    return str(press.keep_ratio) if press.layer_keep_ratios is None else "plan"
+    return "plan" if press == "auto" or press.layer_keep_ratios is not None else str(press.keep_ratio)
 
 
-def presses(config: pytest.Config) -> list[KnormPress]:
-    """The policies that the options name: those of the keep ratios, or the plan's.
+def presses(config: pytest.Config) -> list[KnormPress | Literal["auto"]]:
+    """The policies that the options name: those of the keep ratios, or the plan's; "auto" for the model's own plan.
 
     Raises:
         KnormError: an option has an invalid value.
     """
     plan = _value(config, "plan") if setting(config, "plan") else None
     if plan is not None:
-        return [KnormPress.of(plan.press)]
+        return ["auto" if plan == "auto" else KnormPress.of(plan.press)]
     names = ("keep_ratios", "prune_after", "skip_layers")
     return list(Candidates(**{name: _value(config, name) for name in names}).presses)
 

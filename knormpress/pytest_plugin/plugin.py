@@ -54,6 +54,7 @@ __all__ = [
     "knorm_passkey_gate",
     "knorm_passkeys",
     "knorm_ppl_tolerance",
+    "knorm_press",
     "knorm_quality",
     "knorm_retrieval",
     "knorm_retrieval_gate",
@@ -95,7 +96,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("knorm_device", devices(metafunc.config), scope="session")
     if "knorm_press" in metafunc.fixturenames:
         policies = usage(lambda: presses(metafunc.config))
-        metafunc.parametrize("knorm_press", policies, ids=list(map(press_id, policies)))
+        metafunc.parametrize("knorm_press", policies, ids=list(map(press_id, policies)), indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -103,12 +104,21 @@ def knorm_bench(knorm_device: str, request: pytest.FixtureRequest) -> Bench:
     """The model on the device, and the text as tokens; loaded once per session."""
     bench = _bench(knorm_device, setting(request.config, "model"), setting(request.config, "corpus"))
     plan = setting(request.config, "plan")
-    if plan:
+    if plan not in ("", "auto", "none"):
         from knormpress.cache.fingerprint import model_fingerprint
         from knormpress.records.plan import read_plan
 
         read_plan(plan).expect(model_fingerprint(bench.model), plan)
     return bench
+
+
+@pytest.fixture
+def knorm_press(request: pytest.FixtureRequest) -> KnormPress:
+    """The policy under test: of a keep ratio, or of the plan."""
+    if request.param == "auto":
+        return KnormPress.for_model(request.getfixturevalue("knorm_bench").model)
+    press: KnormPress = request.param
+    return press
 
 
 @pytest.fixture

@@ -74,7 +74,8 @@ class Point(Strict):
         ppl = (quality.ppl.percent, *quality.ppl.ends)
         mean_keep = sum(ratios) / len(ratios)
         found = ends = None
-        if retrieval is not None:
+        # Where the full cache finds nothing, nothing can be lost.
+        if retrieval is not None and retrieval.share.known:
             share = retrieval.share
             found, ends = (share.found, share.known), (share.low, share.high)
         return cls(name=name, press=press, mean_keep=mean_keep, ppl=ppl, kl=quality.kl, found=found, ends=ends)

@@ -28,9 +28,8 @@ from knormpress.workload.tasks.haystack import Haystack
 
 __all__ = ["Probes"]
 
-# Of the documents, and of the texts of each task; one layer alone is measured on these.
-_FEW = 0.5
-_FEW_QUESTIONS = 2
+# One layer alone is measured on so many documents, texts of each task, and questions of each text.
+_FEW_DOCUMENTS, _FEW_TEXTS, _FEW_QUESTIONS = 2, 1, 2
 
 
 class Probes:
@@ -45,11 +44,11 @@ class Probes:
 
     def __init__(self, model: PreTrainedModel, replay: Replay, documents: list[_Document], asked: list[_Asked]) -> None:
         self._model, self._replay, self._documents, self._asked = model, replay, documents, asked
-        self._few_documents = documents[: max(1, round(_FEW * len(documents)))]
+        self._few_documents = documents[:_FEW_DOCUMENTS]
         tasks: dict[str, list[_Asked]] = {}
         for text in asked:
             tasks.setdefault(text.haystack.task, []).append(text)
-        kept = (text for texts in tasks.values() for text in texts[: max(1, round(_FEW * len(texts)))])
+        kept = (text for texts in tasks.values() for text in texts[:_FEW_TEXTS])
         self._few_asked = [text.shortened(_FEW_QUESTIONS) for text in kept]
 
     @classmethod
@@ -96,7 +95,7 @@ class Probes:
     def around(self, press: KnormPress) -> Callable[[KnormPress, int], Damage]:
         """A function for policies that equal ``press`` below a layer: takes policy and layer, returns the damage.
 
-        It is measured on half of the texts, with at most two questions each.
+        It is measured on two documents and one text of each task, with at most two questions.
         """
         outputs: list[Outputs] = []
 

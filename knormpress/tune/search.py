@@ -7,8 +7,6 @@ measured again, around the best plan. The result is measured on other documents 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from knormpress import __version__
@@ -32,21 +29,12 @@ from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, Sensitiv
 from knormpress.tune.allocation import Choice, Curve, least_keep, mean_of, plan_at
 from knormpress.tune.notes import Damage, Notes
 from knormpress.tune.probes import Probes
+from knormpress.tune.texts import split
 from knormpress.tune.unseen import Tried, kept_tokens, measure_unseen
+from knormpress.tune.work import Work
 from knormpress.workload.bench import Bench
-from knormpress.workload.tasks.haystack import Haystack, haystacks
 
 __all__ = ["Targets", "tune"]
-
-# The text is cut into 14 documents; six of them, every other one, are used for calibration.
-_CUT = 14
-_SEEN = tuple(range(1, 12, 2))
-_UNSEEN = tuple(number for number in range(_CUT) if number not in _SEEN)
-CALIBRATION_SCORED, SCORED = 128, 256
-TASKS = ("multikey-prose", "list", "json", "multikey-filler")
-"""The tasks whose items a plan must still find, in prose and in filler."""
-CALIBRATION_TEXTS, HELD_OUT_TEXTS = 2, 4
-"""Texts for each task."""
 
 SCORES = ("knorm", "keydiff", "keydiff-128", "leverage")
 """The scores that a layer may get unless others are named."""
@@ -62,6 +50,7 @@ _STEP = 0.6
 _COMPARED = (0.5, 0.4, 0.3)
 _UNIFORM = (0.9, 0.7, 0.5)
 _OTHERS, _OTHER_RATIOS = ("random", "recent-window", "keydiff"), (0.5,)
+_MOST_COMPARED = 1 + len(_COMPARED) + len(_UNIFORM) + len(_OTHERS) * len(_OTHER_RATIOS)
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ def tune(
     *,
     scores: Sequence[str] = SCORES,
     context: int = 1_024,
-    minutes: float = 5.0,
+    minutes: float = 8.0,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
@@ -127,7 +116,7 @@ def tune(
         path: the plan file.
         scores: names of the scores that a layer may get, see ``cache.scores.named``; the first is what is compared.
         context: tokens (>= the policy's prune_after) before the scored tokens.
-        minutes: time for the search (> 0); the measurement at the end takes extra time.
+        minutes: time for the search and the measurement at the end (> 0); the search gets at least half of it.
         fresh: ignore earlier measurements.
         progress: gets every step.
 
@@ -136,7 +125,7 @@ def tune(
             too short, the context is too short to be pruned, the model has layers without full attention or too few
             positions for the items, or no plan is within the targets. Then an earlier file at ``path`` is unchanged.
     """
-    progress = progress or Progress()
+    began, progress = time.perf_counter(), progress or Progress()
     base = KnormPress(layer_keep_ratios=(1.0,) * bench.layers, keep_recent=_RECENT)
     scores = tuple(dict.fromkeys(scores))
     if not scores:
@@ -144,7 +133,7 @@ def tune(
     for name in scores:
         score_named(name)
     if not minutes > 0:
-        raise KnormError(f"minutes is {minutes}; wanted a time above 0, such as 5")
+        raise KnormError(f"minutes is {minutes}; wanted a time above 0, such as 8")
     if not path.name or path.is_dir():
         raise KnormError(f"the plan can't be written to {path}, which is a folder; name a file, such as plan.json")
     if context < base.prune_after:
@@ -153,16 +142,11 @@ def tune(
         raise KnormError(
             f"{bench.model_info.name} has layers without full attention, so no plan can be tuned; use another model"
         )
-    seen, unseen = _split(bench, context)
-    prompts: list[Haystack] = []
-    asked: list[Haystack] = []
-    if targets.retrieval is not None:
-        prompts = haystacks(bench, TASKS, count=CALIBRATION_TEXTS, which="calibration")
-        asked = haystacks(bench, TASKS, count=HELD_OUT_TEXTS, which="held-out")
+    calibration, held_out = split(bench, context=context, with_items=targets.retrieval is not None)
     fingerprint = model_fingerprint(bench.model)
     identity = {
         "model": fingerprint,
-        "tokens": _hash_of([*seen, *(part for prompt in prompts for part in _tokens_of(prompt))]),
+        "tokens": calibration.sha256,
         "context": context,
         "knormpress": __version__,
     }
@@ -173,17 +157,20 @@ def tune(
         press=base,
         model=PlannedModel(name=bench.model_info.name, dtype=bench.model_info.dtype, fingerprint=fingerprint),
         targets=PlannedTargets(ppl=targets.ppl, retrieval=targets.retrieval),
-        calibration=_text_of(bench, context, CALIBRATION_SCORED, _SEEN, prompts),
-        held_out=_text_of(bench, context, SCORED, _UNSEEN, asked),
+        calibration=calibration.described(bench),
+        held_out=held_out.described(bench),
         made={"tuned": datetime.now(timezone.utc).isoformat(timespec="seconds"), "knormpress": __version__},
     )
+    work = Work.of(calibration, held_out, alone=_alone(bench.layers, len(scores)), policies=_MOST_COMPARED)
+    progress.say(str(work))
     with Probes.open(
         bench.model,
-        seen,
-        prompts,
+        calibration.documents,
+        calibration.asked,
         context=context,
-        after_each=ticking(progress, len(seen) + len(prompts), "reading the calibration texts"),
+        after_each=ticking(progress, calibration.prompts, "reading the calibration texts"),
     ) as probes:
+        read = time.perf_counter() - began
         search = _Search(
             bench=bench,
             probes=probes,
@@ -193,14 +180,15 @@ def tune(
             path=path,
             progress=progress,
             scores=scores,
-            minutes=minutes,
+            end=work.end_of_search(began, 60 * minutes, read),
         )
         search.run()
     plan = search.plan
-    tried = _compared(search)
-    asked = asked if search.with_items else []
-    frontier = measure_unseen(bench, tried, unseen, context=context, haystacks=asked, progress=progress)
-    kept = kept_tokens(bench, search.press, unseen[0][:, :context])
+    asked = held_out.asked if search.with_items else ()
+    frontier = measure_unseen(
+        bench, _compared(search), held_out.documents, context=context, haystacks=asked, progress=progress
+    )
+    kept = kept_tokens(bench, search.press, held_out.documents[0][:, :context])
     plan = plan.model_copy(update={"frontier": frontier, "kept": kept})
     write_plan(plan, path)
     return plan
@@ -220,7 +208,7 @@ class _Search:
         path: Path,
         progress: Progress,
         scores: Sequence[str],
-        minutes: float,
+        end: float,
     ) -> None:
         self.bench, self.probes, self.notes, self.targets = bench, probes, notes, targets
         self.plan, self.path, self.progress, self.scores = plan, path, progress, scores
@@ -228,7 +216,7 @@ class _Search:
         self.text: list[dict[str, Curve]] = []
         self.answers: list[dict[str, Curve]] = []
         self.weight = 0.0
-        self.end = time.perf_counter() + 60 * minutes
+        self.end = end
         self.with_items = probes.items > 0
         if targets.retrieval is not None and not self.with_items:
             progress.say("the full cache finds no item, so none can be lost: only perplexity counts")
@@ -297,8 +285,7 @@ class _Search:
         """Measure each layer alone: by every score at the lowest ratio, by its best scores at the others."""
         layers, (lowest, *others) = range(self.bench.layers), _RATIOS
         most = min(_BEST, len(self.scores))
-        total = len(layers) * (len(self.scores) + most * len(others))
-        tick = ticking(self.progress, total, "each layer alone")
+        tick = ticking(self.progress, _alone(len(layers), len(self.scores)), "each layer alone")
         first = [_Move(layer, lowest, score) for score in self.scores for layer in layers]
         damages = self._around(self.press, first, tick)
 
@@ -402,6 +389,11 @@ class _Move(NamedTuple):
         return replace(base, layer_keep_ratios=tuple(ratios), layer_scores=_told(scores))
 
 
+def _alone(layers: int, scores: int) -> int:
+    """How often layers alone are measured before whole plans are tried."""
+    return layers * (scores + min(_BEST, scores) * (len(_RATIOS) - 1))
+
+
 def _told(scores: Sequence[str]) -> tuple[str, ...] | None:
     """The names of the layers' scores; None if all are key norms."""
     return None if set(scores) == {"knorm"} else tuple(scores)
@@ -415,38 +407,6 @@ def _compared(search: _Search) -> list[Tried]:
     uniform = [Tried("uniform", KnormPress(keep)) for keep in _UNIFORM]
     others = [Tried(name, KnormPress(keep), name) for name in _OTHERS for keep in _OTHER_RATIOS]
     return [Tried("tuned", press), *others_of_its_kind, *uniform, *others]
-
-
-def _split(bench: Bench, context: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Documents for calibration, and other documents for the final measurement, both spread over the text."""
-    texts = bench.documents(length=context + SCORED + 1, count=_CUT)
-    short = context + CALIBRATION_SCORED + 1
-    return [texts[i][:, :short] for i in _SEEN], [texts[i] for i in _UNSEEN]
-
-
-def _tokens_of(prompt: Haystack) -> list[Tensor]:
-    return [prompt.ids, *(part for question in prompt.questions for part in (question.ids, question.answer))]
-
-
-def _hash_of(texts: Sequence[Tensor]) -> str:
-    """SHA-256 of token ids, which differs for another text or another tokenizer."""
-    return hashlib.sha256(json.dumps([ids.tolist() for ids in texts]).encode()).hexdigest()
-
-
-def _text_of(
-    bench: Bench, context: int, scored: int, numbers: tuple[int, ...], asked: Sequence[Haystack]
-) -> dict[str, object]:
-    return {
-        "text": bench.text_info.name,
-        "sha256": bench.text_info.sha256,
-        "documents": len(numbers),
-        "numbers": list(numbers),
-        "cut_into": _CUT,
-        "context": context,
-        "scored": scored,
-        "tasks": list(dict.fromkeys(haystack.task for haystack in asked)),
-        "texts": len(asked),
-    }
 
 
 def _unreachable() -> Damage:

@@ -106,7 +106,7 @@ def test_decoding_under_a_plan(model, full, in_turn, target, pytestconfig, long,
     path = pytestconfig.getoption("--knorm-plan")
     if not path:
         pytest.skip("no plan was given by --knorm-plan")
-    press = KnormPress.from_plan(path, model)
+    press = KnormPress.for_model(model) if path == "auto" else KnormPress.from_plan(path, model)
     tuned, other = KnormCache(model, press), KnormCache(model, KnormPress(against))
     tuned.prefill_from(full)
     if against == 1.0:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from knormpress.cache.fingerprint import model_fingerprint
+from knormpress.methods import knorm
 from knormpress.methods.knorm import KnormPress
 from knormpress.records.history import History
 from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, write_plan
@@ -237,6 +238,19 @@ def test_a_plan_takes_the_place_of_the_keep_ratios(run: Run, plan: Path) -> None
     result = run(PLANNED, plan=plan, keep_ratios="0.9,0.5")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*seen: (1.0, 0.5, 0.25)*", "PASSED*[[]*plan[]]*"])
+
+
+def test_auto_is_the_plan_that_comes_with_the_package(run: Run, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knorm, "shipped_plan", lambda fingerprint, scores: plan)
+    result = run(PLANNED, plan="auto", keep_ratios="0.9,0.5")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*seen: (1.0, 0.5, 0.25)*", "PASSED*[[]*plan[]]*"])
+
+
+def test_where_none_comes_with_the_package_auto_is_refused(run: Run) -> None:
+    result = run(PLANNED, plan="auto")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*no plan comes with KnormPress*knormpress tune*"])
 
 
 def test_a_plan_for_another_model_is_refused(run: Run, plan: Path, tmp_path: Path) -> None:

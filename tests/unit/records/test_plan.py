@@ -14,7 +14,9 @@ from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, Point, read_plan, write_plan
+from knormpress.records.retrieval import Retrieval
 from tests.plan_factory import make_plan
+from tests.record_factory import make_record
 from tests.strategies import tiny_model
 
 # A file as knormpress 0.1.0 writes it, with one entry of each list.
@@ -104,6 +106,13 @@ def test_the_figures_of_a_point() -> None:
     assert make_plan().mean_keep == pytest.approx(0.4)
     # Another method under the same policy is not the plan.
     assert [make_plan().is_own(point) for point in make_plan().frontier] == [False] * 5 + [True, False, False]
+
+
+def test_where_the_full_cache_finds_nothing_a_point_has_no_share() -> None:
+    nothing = Retrieval(asked={"passkey": 1}, items=())
+    point = Point.of("tuned", KnormPress(0.5), make_record().quality, layers=4, retrieval=nothing)
+    assert point.found is None
+    assert point.ends is None
 
 
 def test_the_press_of_a_plan_is_for_its_model_only(path: Path) -> None:

@@ -17,7 +17,7 @@ from knormpress.errors import KnormError
 from knormpress.measure.quality import measure_quality
 from knormpress.progress import Progress
 from knormpress.records.plan import read_plan
-from knormpress.tune import search
+from knormpress.tune import search, texts
 from knormpress.tune.notes import Damage
 from knormpress.tune.probes import Probes
 from knormpress.tune.search import Targets, _TimeIsUp, tune
@@ -36,10 +36,10 @@ LOOSE = Targets(ppl=60.0, retrieval=0.9)
 def _few():
     """A quarter of the tokens that are scored, two tasks in filler, and one of the policies beside the plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "TASKS", ("passkey", "multikey-filler"))
+        patch.setattr(texts, "TASKS", ("passkey", "multikey-filler"))
         numbers = {"CALIBRATION_SCORED": SEEN, "SCORED": UNSEEN, "CALIBRATION_TEXTS": 1, "HELD_OUT_TEXTS": 2}
         for name, number in numbers.items():
-            patch.setattr(search, name, number)
+            patch.setattr(texts, name, number)
         for name in ("_COMPARED", "_UNIFORM", "_OTHER_RATIOS"):
             patch.setattr(search, name, (0.5,))
         yield
@@ -94,12 +94,12 @@ def test_the_frontier_is_measured_through_each_policy_on_what_the_search_did_not
 @pytest.mark.usefixtures("unmeasured")
 def test_the_plan_is_within_both_targets_on_what_the_search_saw(bench, tmp_path, monkeypatch):
     """And less is kept than by a plan that is not."""
-    monkeypatch.setattr(search, "haystacks", findable)
+    monkeypatch.setattr(texts, "haystacks", findable)
     targets = Targets(ppl=20.0, retrieval=0.2)
     plan = tune(bench, targets, tmp_path / "plan.json", context=CONTEXT, minutes=5.0)
-    texts = bench.documents(length=CONTEXT + UNSEEN + 1, count=14)
-    seen = [texts[number][:, : CONTEXT + SEEN + 1] for number in plan.calibration["numbers"]]
-    prompts = findable(bench, search.TASKS, count=1, which="calibration")
+    documents = bench.documents(length=CONTEXT + UNSEEN + 1, count=14)
+    seen = [documents[number][:, : CONTEXT + SEEN + 1] for number in plan.calibration["numbers"]]
+    prompts = findable(bench, texts.TASKS, count=1, which="calibration")
     with Probes.open(bench.model, seen, prompts, context=CONTEXT) as probes:
         assert probes.items == 5
         assert targets.met(probes.measure(KnormPress.of(plan.press)))
@@ -203,7 +203,7 @@ def test_what_was_measured_of_other_tokens_is_not_believed(tuned, bench, folder,
     if what == "documents":
         other = replace(bench, ids=bench.ids.flip(0))
     if what == "items":
-        monkeypatch.setattr(search, "CALIBRATION_TEXTS", 2)
+        monkeypatch.setattr(texts, "CALIBRATION_TEXTS", 2)
     if what == "text":
         save_text(tmp_path / "other.txt", characters=14_000, seed=5)
         corpus = load_corpus(str(tmp_path / "other.txt"))
