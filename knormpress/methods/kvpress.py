@@ -155,6 +155,8 @@ class KvpressMethod:
             return args, {**kwargs, "cache_position": positions, "attention_mask": mask}
 
         handles = [module.register_forward_pre_hook(prepare, with_kwargs=True) for module in attention]
+        # kvpress puts the model's rotary embedding into every layer and leaves it there, in copies of the model too.
+        without = [module for module in attention if not hasattr(module, "rotary_emb")]
         try:
             with self.press(model), generation_through(model, lambda: PressedCache(model)):
                 yield lambda: PressedCache(model)
@@ -163,6 +165,8 @@ class KvpressMethod:
                 handle.remove()
             # Records identify a method by its values, so a measurement must not change them.
             self.press.compression_ratio = 1.0 - self.policy.keep_ratio
+            for module in without:
+                module._modules.pop("rotary_emb", None)
             for module in attention:
                 # kvpress does not remove these, and its patched attention would use them on the keys of other caches.
                 vars(module).pop("masked_key_indices", None)

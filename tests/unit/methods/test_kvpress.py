@@ -182,7 +182,8 @@ def test_knorm_of_kvpress_predicts_as_ours(
 
 def test_control_positions_that_start_again_are_seen(kvpress: Any) -> None:
     """What a plain cache does behind kvpress's hooks: the difference that the test above must be able to see."""
-    model, passes = tiny_model(), list(tokens(47).split([40, 7], dim=1))
+    # A model of its own: kvpress leaves the rotary embedding in its layers.
+    model, passes = tiny_model.__wrapped__(), list(tokens(47).split([40, 7], dim=1))
     with torch.no_grad(), kvpress.KnormPress(0.5)(model):
         cache = DynamicCache(config=model.config)
         model(passes[0], past_key_values=cache, cache_position=torch.arange(40))
@@ -245,15 +246,18 @@ def test_records_name_it_alike_before_a_measurement_and_after(kvpress: Any, skip
 
 def test_nothing_is_left_on_the_model(kvpress: Any) -> None:
     """A key overwritten through indices left behind by a head-wise press would be another method's key."""
-    model = tiny_model()
+    model = tiny_model.__wrapped__()
     attention = [layer.self_attn for layer in model.model.layers]
     before = [(list(each._forward_pre_hooks), list(each._forward_hooks)) for each in attention]
+    parts = [name for name, _ in model.named_modules(remove_duplicate=False)]
     with KvpressMethod.of(kvpress.AdaKVPress(kvpress.KnormPress()), HALF)(model) as new_cache:
         logits_after(model, new_cache(), [tokens(40)])
         assert attention[0].masked_key_indices is not None
     assert "generate" not in vars(model)
     assert [(list(each._forward_pre_hooks), list(each._forward_hooks)) for each in attention] == before
     assert not any(hasattr(each, "masked_key_indices") for each in attention)
+    assert [name for name, _ in model.named_modules(remove_duplicate=False)] == parts
+    assert not any("attn.rotary_emb" in name for name in parts)
 
 
 def test_cropping_and_resetting_keep_the_count(kvpress: Any) -> None:
