@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from knormpress.cache.cache import KnormCache
 from knormpress.cache.hooks import is_attention
@@ -95,13 +96,14 @@ def measure_cost(
     with caches_of(method, model) as new_cache:
         before, counted = _window(model, new_cache(), prompt.shape[-1], new_tokens)
         own = _prefill(model, prompt, new_cache, prefill_chunk)
-        decoded = _decode(model, own, prompt, before=before, tokens=counted)
+        _extend(model, own.cache, prompt, before)
+        decoded = _decode(model, own, tokens=counted)
+    longer = copy.deepcopy(full.cache)
+    _extend(model, longer, prompt, before)
     return Cost(
         baseline_prefill=full.counts,
         candidate_prefill=own.counts,
-        baseline_decode=_decode(
-            model, full._replace(cache=copy.deepcopy(full.cache)), prompt, before=before, tokens=counted
-        ),
+        baseline_decode=_decode(model, full._replace(cache=longer), tokens=counted),
         candidate_decode=decoded,
         tokens_before=before,
         tokens=counted,
@@ -119,12 +121,27 @@ def _prefill(model: PreTrainedModel, prompt: Tensor, new_cache: Callable[[], Cac
         return Prefilled(counter.take(), cache, token)
 
 
-def _decode(model: PreTrainedModel, filled: Prefilled, prompt: Tensor, *, before: int, tokens: int) -> Counts:
-    """What ``tokens`` decoded tokens take, after ``before`` others."""
+def _extend(model: PreTrainedModel, cache: Cache, prompt: Tensor, tokens: int) -> None:
+    """Decode ``tokens`` tokens, those of ``prompt`` again and again, without counting."""
+    repeats = -(-tokens // prompt.shape[-1])
+    layers = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    if tokens and type(cache) is DynamicCache and len(layers) == len(cache.layers):
+        # What a full cache costs depends on how many tokens it holds, and not on which.
+        for index, layer in enumerate(layers):
+            assert layer.keys is not None
+            assert layer.values is not None
+            keys, values = (part.repeat(1, 1, repeats, 1)[:, :, :tokens] for part in (layer.keys, layer.values))
+            cache.update(keys, values, index)
+        return
     with torch.no_grad():
-        decode(model, prompt.clone().repeat(1, -(-before // prompt.shape[-1]))[:, :before], filled.cache)
+        decode(model, prompt.clone().repeat(1, repeats)[:, :tokens], cache)
+
+
+def _decode(model: PreTrainedModel, filled: Prefilled, *, tokens: int) -> Counts:
+    """What ``tokens`` decoded tokens take."""
+    with torch.no_grad():
         token = filled.token
-        with _counted(model, prompt.device) as counter:
+        with _counted(model, token.device) as counter:
             for _ in range(tokens):
                 token = _step(model, token, filled.cache)
         return counter.take()

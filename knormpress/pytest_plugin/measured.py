@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from knormpress.errors import KnormError
-from knormpress.measure.cost import measure_cost
+from knormpress.measure.cost import Prefilled, can_count, count_full_prefill, measure_cost
 from knormpress.measure.latency import measure_latency
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.quality import measure_quality
@@ -104,9 +104,13 @@ def gated(quality: Quality, tolerance: float) -> tuple[str, str]:
 class Measured:
     """The measurements of one test, at most one of each kind."""
 
-    def __init__(self, bench: Bench, test: str, run: str) -> None:
+    def __init__(
+        self, bench: Bench, test: str, run: str, counted: dict[tuple[int, int | None], Prefilled] | None = None
+    ) -> None:
         self.bench, self.test, self.run = bench, test, run
         self._results: dict[str, Result] = {}
+        # The full cache's counted prefills by tokens and chunk, which tests share.
+        self._counted = {} if counted is None else counted
 
     def latency(
         self,
@@ -173,8 +177,12 @@ class Measured:
     def cost(self, method: Method, *, prompt_tokens: int, new_tokens: int | None, prefill_chunk: int | None) -> Cost:
         """Count what the full cache and the method's cache cost."""
         self._check_first("cost")
+        model, key = self.bench.model, (prompt_tokens, prefill_chunk)
         (prompt,) = self.bench.documents(length=prompt_tokens, count=1)
-        cost = measure_cost(self.bench.model, method, prompt, new_tokens=new_tokens, prefill_chunk=prefill_chunk)
+        if can_count(model) and key not in self._counted:
+            self._counted[key] = count_full_prefill(model, prompt, prefill_chunk=prefill_chunk)
+        full = self._counted.get(key)
+        cost = measure_cost(model, method, prompt, full=full, new_tokens=new_tokens, prefill_chunk=prefill_chunk)
         conditions = {
             "counted_prompt": prompt_tokens,
             "tokens_before": cost.tokens_before,

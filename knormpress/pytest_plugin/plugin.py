@@ -38,6 +38,7 @@ from knormpress.pytest_plugin.retrieval import (
 from knormpress.pytest_plugin.session import StoredRun
 
 if TYPE_CHECKING:
+    from knormpress.measure.cost import Prefilled
     from knormpress.methods.method import Method
     from knormpress.pytest_plugin.measured import Measured
     from knormpress.records.figures import Cost, Latency, Memory
@@ -138,12 +139,21 @@ def knorm_ppl_tolerance(request: pytest.FixtureRequest) -> float:
     return tolerance
 
 
+@pytest.fixture(scope="session")
+def _knorm_counted(knorm_bench: Bench) -> dict[tuple[int, int | None], Prefilled]:
+    """The full cache's counted prefills on this bench."""
+    return {}
+
+
 @pytest.fixture
-def _knorm_measured(knorm_bench: Bench, request: pytest.FixtureRequest) -> Measured:
+def _knorm_measured(
+    knorm_bench: Bench, _knorm_counted: dict[tuple[int, int | None], Prefilled], request: pytest.FixtureRequest
+) -> Measured:
     from knormpress.pytest_plugin.measured import Measured
 
     run = request.config.stash.get(_RUN, None)
-    measured = request.node.stash[_MEASURED] = Measured(knorm_bench, request.node.nodeid, run.name if run else "")
+    name = run.name if run else ""
+    measured = request.node.stash[_MEASURED] = Measured(knorm_bench, request.node.nodeid, name, _knorm_counted)
     return measured
 
 

@@ -1,4 +1,4 @@
-"""The damage of pruning one layer alone, and the ratio that the plan gives it."""
+"""The damage of pruning one layer alone, and the ratio and the score that the plan gives it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,37 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from knormpress.records.plan import Plan, Sensitivities
 from knormpress.show.pictures.plan_footer import add_plan_footer
-from knormpress.show.pictures.style import BLUE, GREY, add_heading, layer_axis, new_figure, pretty
+from knormpress.show.pictures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    add_heading,
+    layer_axis,
+    new_figure,
+    plain,
+    pretty,
+    shortened,
+)
 
 __all__ = ["draw_sensitivities"]
 
 _MOST_DECADES = 3
 _BOTTOM, _HEIGHT = 0.225, 0.645
 _LAYER_ROOM, _LETTER_ROOM = 15.0, 9.0  # pixels: the height of a number in a cell, and the width of a letter
+_SCORES, _WHOLE = (BLUE, ORANGE, GREEN, RED, GREY), "#CCCCCC"
+_MOST_LETTERS = 14
 _COLOURS = ListedColormap(colormaps["magma_r"](np.linspace(0.0, 0.88, 256)), name="pale to dark")
 
 
 def draw_sensitivities(plan: Plan, sensitivities: Sensitivities) -> Figure:
-    """Draw a row for each layer: the loss on the text and on the items at each ratio, in nats, and the plan's ratio.
+    """Draw a row for each layer: the loss on the text and on the items at each ratio, in nats, and the plan's choice.
 
     Colours are logarithmic; values of zero and below, where pruning costs nothing, have the palest colour.
 
@@ -52,7 +67,7 @@ def draw_sensitivities(plan: Plan, sensitivities: Sensitivities) -> Figure:
             axes.set_ylabel("")
     axes = figure.add_axes((0.79, _BOTTOM, 0.18, _HEIGHT))
     axes.set_title("The plan")
-    _draw_ratios(axes, ratios)
+    _draw_ratios(axes, ratios, plan.press.scores(len(ratios)))
     add_heading(
         figure,
         "What pruning one layer alone costs",
@@ -101,8 +116,11 @@ def _draw_heat(axes: Axes, bar: Axes, values: NDArray[np.float64], unit: str) ->
         )
 
 
-def _draw_ratios(axes: Axes, ratios: tuple[float, ...]) -> None:
-    axes.barh(range(len(ratios)), ratios, height=0.78, color=BLUE)
+def _draw_ratios(axes: Axes, ratios: tuple[float, ...], scores: tuple[str, ...]) -> None:
+    used = list(dict.fromkeys(score for score, ratio in zip(scores, ratios, strict=True) if ratio < 1.0))
+    colours = {score: _SCORES[min(place, len(_SCORES) - 1)] for place, score in enumerate(used)}
+    named = [colours[score] if ratio < 1.0 else _WHOLE for score, ratio in zip(scores, ratios, strict=True)]
+    axes.barh(range(len(ratios)), ratios, height=0.78, color=named)
     layer_axis(axes, len(ratios))
     axes.set_ylabel("")
     axes.set_xlim(0.0, 1.0)
@@ -112,3 +130,20 @@ def _draw_ratios(axes: Axes, ratios: tuple[float, ...]) -> None:
     axes.axvline(mean, color=GREY, linewidth=1.0, linestyle="--")
     axes.set_title(f"mean {mean:.3f}", loc="right", fontsize=7.5, fontweight="normal", color=GREY)
     axes.grid(axis="x")
+    shown = [
+        Patch(color=colours[score], label=shortened(plain(score), _MOST_LETTERS)) for score in used[: len(_SCORES)]
+    ]
+    if len(used) > len(_SCORES):
+        shown[-1].set_label(f"{len(used) - len(_SCORES) + 1} others")
+    if _WHOLE in named:
+        shown.append(Patch(color=_WHOLE, label="kept whole"))
+    axes.legend(
+        handles=shown,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.072),
+        ncols=2,
+        fontsize=7,
+        handlelength=1.0,
+        columnspacing=1.0,
+        labelspacing=0.3,
+    )

@@ -20,6 +20,7 @@ from knormpress.cache.layer import KnormLayer
 from knormpress.cache.tape import Tape
 from knormpress.compare.verdicts import THRESHOLDS, judge
 from knormpress.errors import KnormError
+from knormpress.measure import cost as counting
 from knormpress.measure.cost import measure_cost
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.operators import OperatorCounter
@@ -197,6 +198,15 @@ def test_a_pruning_is_among_the_counted_tokens(press: KnormPress, prompt: int) -
     found = cost(press, prompt)
     assert 1 <= found.tokens <= 16
     assert found.candidate_decode.host_reads > found.baseline_decode.host_reads == found.tokens
+
+
+def test_a_full_cache_costs_the_same_whichever_tokens_come_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made longer without a forward pass."""
+    press = KnormPress(0.9, prune_after=16, prune_interval=8)
+    made_longer = cost(press)
+    assert made_longer.tokens_before > 40
+    monkeypatch.setattr(counting, "DynamicLayer", object)
+    assert cost(press) == made_longer
 
 
 def test_how_many_tokens_are_counted_can_be_chosen() -> None:
