@@ -179,7 +179,7 @@ def test_latency_lands_in_the_table_and_the_json(run: Run, pytester: pytest.Pyte
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*Name (time in*", "test_speed*"])
     (benchmark,) = json.loads(Path("out.json").read_text())["benchmarks"]
-    assert benchmark["stats"]["rounds"] == 5
+    assert benchmark["stats"]["rounds"] == 6
     assert benchmark["extra_info"]["stopped"] == "time"
     entry = benchmark["extra_info"]["knormpress"]
     assert len(entry["latency"]["candidate"]) == 5
