@@ -29,7 +29,7 @@ SEED = 20240611
 
 # Each interval by itself covers this much. Timing stops at a look at which the intervals happen to be narrow, and that
 # costs up to 2 %.
-_CONFIDENCE = 0.965
+_CONFIDENCE = 0.955
 # More figures are first averaged with their neighbours: the work grows with the square.
 _MOST = 64
 _LEAST_FREEDOM = 2

@@ -98,7 +98,7 @@ def test_the_interval_is_what_the_signed_rank_test_does_not_reject(pairs: int) -
     for end, outwards in ((low, -1), (high, 1)):
         for step, within in ((-1e-9, True), (1e-9, False)):
             shift = math.log1p(end / 100) + outwards * step
-            assert bool(wilcoxon(np.log(ratios) - shift, method="exact").pvalue > 0.035) is within
+            assert bool(wilcoxon(np.log(ratios) - shift, method="exact").pvalue > 0.045) is within
 
 
 @pytest.mark.parametrize(("first", "second"), [(4, 4), (5, 7), (12, 6)])
@@ -110,7 +110,7 @@ def test_the_interval_between_two_runs_is_what_the_rank_sum_test_does_not_reject
         for step, within in ((-1e-9, True), (1e-9, False)):
             shift = math.log1p(end / 100) + outwards * step
             found = mannwhitneyu(np.log(after) - shift, np.log(before), method="exact").pvalue
-            assert bool(found > 0.035) is within
+            assert bool(found > 0.045) is within
 
 
 def test_many_pairs_take_little_time_and_lose_little() -> None:
@@ -145,7 +145,7 @@ def test_processes_count_once_each() -> None:
     """Within each process nothing varies: pooled, their ratios would be sure of what only three processes say."""
     before, after = [[1.0] * 20, [1.06] * 6, [0.97] * 6], [[1.01] * 6, [1.05] * 6]
     low, high = bounds(between_processes(before, after))
-    pooled_low, pooled_high = bounds(ratio_of_ratios(sum(before, []), sum(after, [])))
+    pooled_low, pooled_high = bounds(ratio_of_ratios(np.concatenate(before), np.concatenate(after)))
     assert low < -5 < 10 < high
     assert high - low > pooled_high - pooled_low
     assert between_processes(before, after) == between_processes([[1.0], [1.06], [0.97]], [[1.01], [1.05]])
