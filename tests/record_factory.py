@@ -28,7 +28,7 @@ def make_record(
     tpot: float | None = None,
     ppl: float | None = None,
     rounds: int = 8,
-    documents: int = 4,
+    documents: int = 8,
     scored: int = 256,
     noise: float = 0.02,
     drift: float = 0.0,

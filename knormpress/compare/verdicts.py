@@ -18,7 +18,7 @@ from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Cost, Counted, 
 from knormpress.records.retrieval import Item
 from knormpress.records.schema import Entry, Environment
 from knormpress.stats.intervals import Change, percent, ratio_of_ratios
-from knormpress.stats.perplexity import ppl_change
+from knormpress.stats.perplexity import ppl_change, too_few
 from knormpress.stats.shares import share_of
 
 __all__ = [
@@ -257,7 +257,8 @@ def _quality(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list
             return [Finding(name, word, ("", ""), None, reason) for name in ("ppl", "kl")]
     # The same tokens were scored, so the method's loss then and now is compared token by token.
     change = ppl_change([after - earlier for earlier, after in zip(old.gaps, new.gaps, strict=True)])
-    ppl = _finding("ppl", _pair(str(side.ppl) for side in (old, new)), change, 1.0, thresholds["ppl"])
+    shown = _pair(str(side.ppl) for side in (old, new))
+    ppl = _finding("ppl", shown, change, 1.0, thresholds["ppl"], few=too_few(len(new.documents)))
     kls = (old.kl, new.kl)
     texts = _pair(f"{kl:.4f}" for kl in kls)
     if max(kls) < ROUNDING_KL or kls[0] == kls[1]:
@@ -296,18 +297,20 @@ def _moved(pairs: Sequence[tuple[Item, Item]], *, lost: bool) -> list[str]:
     return [new.label for old, new in pairs if (old.candidate.found, new.candidate.found) == (lost, not lost)]
 
 
-def _finding(metric: str, shown: tuple[str, str], change: Change, worse: float, threshold: float) -> Finding:
+def _finding(
+    metric: str, shown: tuple[str, str], change: Change, worse: float, threshold: float, *, few: str = ""
+) -> Finding:
     """Judge a change; ``worse`` is 1 or -1, the sign of a change for the worse.
 
     A loss above the threshold is a regression if its whole interval is above 0. If only the interval's end is above the
-    threshold, a loss of that size is neither shown nor excluded: this is noise.
+    threshold, a loss of that size is neither shown nor excluded: this is noise. ``few`` says why there is no interval.
     """
     low, high = sorted(worse * end for end in change.ends)
     loss = worse * change.percent
     measured = f"{change} ({change.interval})" if low != high else str(change)
     word: Word
     if change.low is None and loss != 0:
-        word, reason = "noise", f"{measured}: too few runs for an interval"
+        word, reason = "noise", f"{measured}: {few or 'too few runs for an interval'}"
     elif loss > threshold and low > 0:
         word, reason = "regressed", f"{measured}, allowed {threshold:g} %"
     elif loss < -threshold and high < 0:

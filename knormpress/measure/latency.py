@@ -26,10 +26,10 @@ from knormpress.measure.prefill import prefill
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of
 from knormpress.records.figures import Latency, Run
-from knormpress.stats.intervals import Change
+from knormpress.stats.intervals import is_precise
 from knormpress.workload.devices import synchronize
 
-__all__ = ["cold_ttft", "measure_latency", "time_generation", "weights_tpot"]
+__all__ = ["are_precise", "cold_ttft", "measure_latency", "time_generation", "weights_tpot"]
 
 # Enough tokens for allocators and kernels to see every kind of shape.
 _WARM_UP_TOKENS = 4
@@ -112,7 +112,7 @@ def measure_latency(
         rounds: the least number of pairs, 1 or more.
         precision: continue until both ends of the 95 % intervals of TTFT's and TPOT's change are within this many
             percent of the change; None stops at ``rounds``.
-        seconds: after ``rounds``, start no more pairs once this time has passed.
+        seconds: after ``rounds``, start no more A B B A once this time has passed.
         cold_s: recorded as the time of the process's first call.
         baseline: what is measured in turn with ``method``; the full cache unless given.
         after_run: called after each run, with warm-up.
@@ -129,15 +129,6 @@ def measure_latency(
         after_run()
         return timed
 
-    def latency(pairs: Pairs[Run], calibration: tuple[float, float] = (1.0, 1.0)) -> Latency:
-        return Latency(
-            baseline=tuple(pairs.baseline),
-            candidate=tuple(pairs.candidate),
-            stopped=pairs.stopped,
-            calibration_s=calibration,
-            ttft_cold_s=cold_s,
-        )
-
     with _imports_exempt_from_collection():
         for which in (baseline, method):
             run(which, min(new_tokens, _WARM_UP_TOKENS))
@@ -146,12 +137,21 @@ def measure_latency(
             lambda: run(baseline, new_tokens),
             lambda: run(method, new_tokens),
             rounds=rounds,
-            is_precise=None if precision is None else lambda pairs: _widest(latency(pairs)) <= precision,
+            is_precise=None if precision is None else lambda pairs: are_precise(pairs, precision),
             seconds=seconds,
             repeat=repeat,
         )
         speed_after = calibrate(prompt.device)
-    return latency(pairs, (speed_before, speed_after))
+    return _latency(pairs).model_copy(update={"calibration_s": (speed_before, speed_after), "ttft_cold_s": cold_s})
+
+
+def are_precise(pairs: Pairs[Run], precision: float) -> bool:
+    """Whether the intervals of TTFT's and TPOT's change reach no further than ``precision`` % from the change.
+
+    Timing stops by this rule; the intervals cover what they say under it, see ``stats.intervals``.
+    """
+    latency = _latency(pairs)
+    return is_precise([latency.ttft, latency.tpot] if latency.decodes else [latency.ttft], precision)
 
 
 def weights_tpot(model: PreTrainedModel, prompt: Tensor) -> float:
@@ -184,12 +184,14 @@ def cold_ttft(model: PreTrainedModel, prompt: Tensor, *, prefill_chunk: int | No
         return time_generation(model, prompt, new_cache, new_tokens=1, prefill_chunk=prefill_chunk).ttft_s
 
 
-def _widest(latency: Latency) -> float:
-    """The largest distance in % from a change of TTFT or TPOT to an end of its interval."""
-    changes: list[Change] = [latency.ttft, latency.tpot] if latency.decodes else [latency.ttft]
-    if any(change.low is None for change in changes):
-        return math.inf
-    return max(abs(end - change.percent) for change in changes for end in change.ends)
+def _latency(pairs: Pairs[Run]) -> Latency:
+    return Latency(
+        baseline=tuple(pairs.baseline),
+        candidate=tuple(pairs.candidate),
+        stopped=pairs.stopped,
+        calibration_s=(1.0, 1.0),
+        ttft_cold_s=None,
+    )
 
 
 @contextmanager

@@ -179,7 +179,7 @@ class Effort:
         texts: texts (>= 1) for each of these tasks.
         rounds: the least number (>= 1) of timed pairs per cell.
         precision: timing stops once the intervals' half width in % (>= 0) is at most this.
-        seconds: after ``rounds``, no pair is started after this time (>= 0).
+        seconds: after ``rounds``, no A B B A of runs is started after this time (>= 0).
         scored_tokens: tokens (>= 1) scored after each document's context; fewer, but at least 32, if the model has
             too few positions after a long prompt.
         cost: also count what a prefill and a decoded token cost.
@@ -192,7 +192,7 @@ class Effort:
     new_tokens: int = _setting(32, int, "Tokens to generate in each timed run, at least 2.")
     prefill_chunk: int | None = _setting(None, int, "Send prompts in chunks of this many tokens; whole unless given.")
     samples: int = _setting(
-        3, int, "Documents on which perplexity is measured.", spellings=("num-wikitext-samples", "samples")
+        8, int, "Documents on which perplexity is measured.", spellings=("num-wikitext-samples", "samples")
     )
     tasks: tuple[str, ...] | None = _setting(
         None,
@@ -201,7 +201,7 @@ class Effort:
         read=_tasks,
     )
     texts: int = _setting(3, int, "Texts for each retrieval task; a text has up to four questions.")
-    rounds: int = _setting(5, int, "Least number of timed pairs of runs for each cell.")
+    rounds: int = _setting(6, int, "Least number of timed pairs of runs for each cell.")
     precision: float = _setting(3.0, float, "Stop timing once the intervals' half width in % is at most this.")
     seconds: float = _setting(20.0, float, "After --rounds, start no pair of a cell later than this many seconds.")
     scored_tokens: int = 256

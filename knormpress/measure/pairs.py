@@ -53,8 +53,9 @@ def in_turn(
     Args:
         baseline, candidate: A and B.
         rounds: the least number of pairs, 1 or more.
-        is_precise: called before each pair after ``rounds``; true stops. Without it ``rounds`` pairs are measured.
-        seconds: after ``rounds``, start no more pairs once this time has passed.
+        is_precise: called after ``rounds``, and only between two A B B A, in which a steady drift of the machine
+            cancels; true stops. Without it ``rounds`` pairs are measured.
+        seconds: after ``rounds``, start no more A B B A once this time has passed.
         repeat: runs the candidate, see ``Repeat``; with it pytest-benchmark can use its own clock.
 
     Raises:
@@ -70,9 +71,9 @@ def in_turn(
 
     def before() -> None:
         complete()
-        if len(pairs.candidate) >= rounds:
-            if is_precise is None:
-                raise _Enough
+        if len(pairs.candidate) >= rounds and is_precise is None:
+            raise _Enough
+        if len(pairs.candidate) >= rounds and is_precise is not None and len(pairs.candidate) % 2 == 0:
             pairs.stopped = "precise" if is_precise(pairs) else "time"
             if pairs.stopped == "precise" or time.perf_counter() - start >= seconds:
                 raise _Enough

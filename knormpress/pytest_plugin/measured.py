@@ -20,6 +20,7 @@ from knormpress.policy.policy import Policy
 from knormpress.records.figures import Cost, Latency, Memory, Quality
 from knormpress.records.schema import Entry, Result
 from knormpress.stats.gates import documents_to_decide, gate
+from knormpress.stats.perplexity import LEAST_DOCUMENTS, too_few
 from knormpress.workload.bench import Bench
 from knormpress.workload.tasks.haystack import haystacks, named_tasks
 
@@ -95,7 +96,9 @@ def gated(quality: Quality, tolerance: float) -> tuple[str, str]:
     change, documents = quality.ppl, len(quality.documents)
     decision = gate(change, tolerance)
     text = f"perplexity {change} ({change.interval}) on {documents} documents, allowed +-{tolerance:g} %"
-    if decision == "inconclusive":
+    if few := too_few(documents):
+        text += f": {few}; use --knorm-samples {LEAST_DOCUMENTS} or more"
+    elif decision == "inconclusive":
         more = documents_to_decide(change, tolerance, documents)
         text += "; no number of documents would decide" if more is None else f"; about {more} more would decide"
     return decision, text

@@ -170,7 +170,7 @@ def knorm_latency(
 ) -> Callable[..., Latency]:
     """Time a method's generations in turn with the full cache's; pytest-benchmark's table and JSON show them.
 
-    Called as ``knorm_latency(method, prompt_tokens=1024, new_tokens=32, rounds=5, prefill_chunk=None)``. After
+    Called as ``knorm_latency(method, prompt_tokens=1024, new_tokens=32, rounds=6, prefill_chunk=None)``. After
     ``rounds`` pairs it continues until ``--knorm-precision`` or ``--knorm-seconds`` is reached; with ``--knorm-quick``
     it ends after two pairs.
     """
@@ -183,7 +183,7 @@ def knorm_latency(
         *,
         prompt_tokens: int = 1024,
         new_tokens: int = 32,
-        rounds: int = 5,
+        rounds: int = 6,
         prefill_chunk: int | None = None,
     ) -> Latency:
         return _knorm_measured.latency(

@@ -19,6 +19,7 @@ from knormpress.records.figures import Counted, Phase, Speed
 from knormpress.records.schema import Record
 from knormpress.show.console import StackingTable, make_console
 from knormpress.stats.intervals import Change
+from knormpress.stats.perplexity import too_few
 
 __all__ = ["WIDTH", "below_the_cache", "beyond_the_mean", "cautions", "print_tables", "render"]
 
@@ -26,7 +27,6 @@ WIDTH = 80
 """The most columns that the tables use."""
 
 _ENOUGH_PAIRS = 6
-_ENOUGH_DOCUMENTS = 10
 
 
 def print_tables(records: Iterable[Record], console: Console | None = None) -> None:
@@ -112,15 +112,13 @@ def _table(title: str, columns: Iterable[str], caption: str | None = None) -> Ta
 
 
 def cautions(records: Sequence[Record]) -> list[str]:
-    """Warnings about the intervals of ``records``, in sentences: too few runs, or a change of the machine's speed."""
+    """Why intervals of ``records`` are missing or doubtful, in sentences."""
     notes = []
     if any(record.latency.pairs < _ENOUGH_PAIRS for record in records):
-        notes.append(
-            f"With fewer than {_ENOUGH_PAIRS} pairs, intervals of timings cover the true value in less than 95 %."
-        )
-    if any(record.conditions.samples < _ENOUGH_DOCUMENTS for record in records):
-        covers = "does so too" if notes else "covers the true value in less than 95 %"
-        notes.append(f"With fewer than {_ENOUGH_DOCUMENTS} samples, the interval of PPL {covers}.")
+        pairs = min(record.latency.pairs for record in records)
+        notes.append(f"Timings: too few pairs ({pairs} of {_ENOUGH_PAIRS}) for an interval.")
+    if few := too_few(min(len(record.quality.documents) for record in records)):
+        notes.append(f"PPL: {few}; see --samples.")
     moves = [moved for record in records if (moved := record.latency.speed_moved) is not None]
     if moves:
         notes.append(f"The machine's speed changed by up to {max(map(abs, moves)):.0f} % while a ratio was timed.")

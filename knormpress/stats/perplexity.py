@@ -10,10 +10,13 @@ import numpy as np
 
 from knormpress.stats.intervals import SEED, Change, Floats, percent, spanning
 
-__all__ = ["LARGEST_NATS", "ppl_change", "ppl_percent"]
+__all__ = ["LARGEST_NATS", "LEAST_DOCUMENTS", "ppl_change", "ppl_percent", "too_few"]
 
 LARGEST_NATS: Final = 700.0
 """exp() of slightly more overflows float64."""
+
+LEAST_DOCUMENTS: Final = 8
+"""The bootstrap of fewer documents does not show how documents differ, and its interval would be too narrow."""
 
 _RESAMPLES = 2_000
 _BLOCK = 64
@@ -32,14 +35,20 @@ def ppl_change(gaps: Sequence[Floats]) -> Change:
 
     Documents are drawn with replacement, and in each drawn document blocks of 64 consecutive tokens, because
     neighbouring tokens share their context and are not independent. A block can continue from the end of a document at
-    its start, so that every token is drawn equally often. One document of up to 64 tokens gives no interval; the
-    interval of one longer document is valid for that document only.
+    its start, so that every token is drawn equally often. Fewer than ``LEAST_DOCUMENTS`` give no interval.
     """
     middle = ppl_percent(gaps)
-    if len(gaps) == 1 and len(gaps[0]) <= _BLOCK:
+    if len(gaps) < LEAST_DOCUMENTS:
         return Change(middle, None, None)
     low, high = np.percentile(_resampled_means(gaps), (2.5, 97.5))
     return spanning(middle, _rise(low), _rise(high))
+
+
+def too_few(documents: int) -> str:
+    """Why so many documents give no interval, in words; empty if they do."""
+    if documents >= LEAST_DOCUMENTS:
+        return ""
+    return f"too few documents ({documents} of {LEAST_DOCUMENTS}) for an interval"
 
 
 def _rise(nats: float) -> float:

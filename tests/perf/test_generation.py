@@ -12,7 +12,7 @@ from knormpress.policy.policy import share
 PROMPT_TOKENS = 1024
 NEW_TOKENS = 32
 # As many as give an interval; --knorm-seconds adds more.
-LEAST_PAIRS = 3
+LEAST_PAIRS = 6
 # At keep 0.9 a cache is pruned again after 640 tokens.
 DECODED_TOKENS = 704
 

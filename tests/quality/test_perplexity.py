@@ -9,13 +9,14 @@ from knormpress.methods.registry import make_method
 from knormpress.pytest_plugin.measured import score
 from knormpress.records.figures import ROUNDING_KL
 from knormpress.stats.gates import gate
+from knormpress.stats.perplexity import LEAST_DOCUMENTS
 
 GATED = {"keep 0.9": KnormPress(0.9), "keep 0.8": KnormPress(0.8)}
 WHOLE = {"keep 1.0": KnormPress(1.0)}
 WORSE = {"keep 0.05": KnormPress(0.05), "highest norm first": make_method("highest-norm", KnormPress(0.8))}
 
-# What changes nothing, or many times what is allowed, shows on a few documents.
-FEW = 4
+# What changes nothing, or many times what is allowed, shows on the fewest documents that give an interval.
+FEW = LEAST_DOCUMENTS
 
 
 @pytest.fixture(scope="module")

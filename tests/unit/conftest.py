@@ -82,7 +82,7 @@ def run(pytester: pytest.Pytester, model_folder: Path) -> Run:
             "seconds": 0,
             "prune_after": 16,
         }
-        given |= {"samples": 2, "keep_ratios": "0.5"} | options
+        given |= {"samples": 8, "keep_ratios": "0.5"} | options
         settings, words = [ini], list(arguments)
         for name, value in given.items():
             if name in options and how == "ini":

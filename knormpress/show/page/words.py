@@ -21,7 +21,7 @@ DEFINITIONS = Facts(
         (
             "Change and interval",
             "Every change is against the full cache, measured in turn with it in the same process. A timing's change "
-            "is the median over pairs of runs, with its bootstrap 95 % interval in brackets. The machine's speed "
+            "is the median over pairs of runs, with its 95 % interval in brackets. The machine's speed "
             "affects absolute times, but hardly these ratios.",
         ),
         ("Keep ratio", "The share of the tokens seen that a pruned layer keeps: at 0.9, 10 % are dropped."),
@@ -146,7 +146,8 @@ def _statement(title: str, what: str, verdicts: Sequence[Judgement], sentence: C
 
 def _target(verdict: Judgement) -> str:
     _, met, missed = _TARGETS[verdict.what]
-    close = _AGAIN if verdict.crosses else ", from too few runs for an interval" if verdict.crosses is None else ""
+    few = f", from too few {'documents' if verdict.what == 'PPL' else 'runs'} for an interval"
+    close = _AGAIN if verdict.crosses else few if verdict.crosses is None else ""
     moves = f"{_NAMES[verdict.what]} {_moves(verdict.measured)}"
     return _unbroken(f"At keep ratio {verdict.label} {moves}: {met if verdict.met else missed}{close}.")
 

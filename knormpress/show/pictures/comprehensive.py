@@ -50,7 +50,7 @@ def draw_comprehensive(records: Sequence[Record], left_out: str) -> Figure:
         figure,
         "Speed, memory and quality by keep ratio",
         "Change against the full cache, measured in the same run; whiskers: 95 % interval"
-        + (" (hollow: too few runs for one)" if without else "")
+        + (" (hollow: too few runs or documents for one)" if without else "")
         + "; shaded: target for PPL, \N{PLUS-MINUS SIGN}5 %.",
     )
     grid = figure.add_gridspec(2, 3, left=0.055, right=0.985, top=0.865, bottom=0.125, wspace=0.2, hspace=0.42)

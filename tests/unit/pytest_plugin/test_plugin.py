@@ -129,6 +129,14 @@ def test_a_gate_passes_fails_or_says_how_many_documents_would_decide(run: Run) -
     run(GATE, ppl_tolerance="100000").assert_outcomes(passed=1)
 
 
+def test_a_gate_never_passes_on_too_few_documents(run: Run) -> None:
+    """Not even where nothing is lost; it says what to do."""
+    result = run(SCORED.replace("documents=8", "documents=7"), ppl_tolerance=50)
+    result.assert_outcomes(xfailed=4)
+    assert re.search(r"inconclusive: .*7 of 8.* --knorm-samples 8", result.stdout.str())
+    run(GATE, ppl_tolerance="100000", samples=7, keep_ratios="1.0").assert_outcomes(xfailed=1)
+
+
 DECODED = f"""
 import pytest
 
@@ -180,10 +188,10 @@ def test_latency_lands_in_the_table_and_the_json(run: Run, pytester: pytest.Pyte
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*Name (time in*", "test_speed*"])
     (benchmark,) = json.loads(Path("out.json").read_text())["benchmarks"]
-    assert benchmark["stats"]["rounds"] == 5
+    assert benchmark["stats"]["rounds"] == 6
     assert benchmark["extra_info"]["stopped"] == "time"
     entry = benchmark["extra_info"]["knormpress"]
-    assert len(entry["latency"]["candidate"]) == 5
+    assert len(entry["latency"]["candidate"]) == 6
     assert entry["memory"]["candidate_cache_bytes"] < entry["memory"]["baseline_cache_bytes"]
 
 
@@ -211,7 +219,9 @@ def test_the_readmes_tests_run_as_shown(run: Run) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (shown,) = (block for block in blocks if "def test_" in block)
     assert all(len(test.splitlines()) < 10 for test in shown.split("\n\n\n"))
-    run(shown, "--knorm-save", "--knorm-quick", ppl_tolerance="1e6").assert_outcomes(passed=2)
+    found = run(shown, "--knorm-save", "--knorm-quick", ppl_tolerance="1e6", samples=2)
+    # The text is too short for as many documents as the gate needs.
+    found.assert_outcomes(passed=1, xfailed=1)
     assert len(History.read(Path(".benchmarks")).entries) == 2
 
 

@@ -68,7 +68,7 @@ def test_positions_wrong_by_one(after_a_sound_run: Run) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KnormCache, "get_seq_length", shifted)
         result = after_a_sound_run(HARNESS, "--knorm-compare", **WIDE)
-    assert "; kl was 0: " in lines(result)
+    assert "kl was 0: " in lines(result)
     assert "FAILED test_it.py::test_quality[cpu-1.0]" in lines(result)
     assert "FAILED test_it.py::test_quality[cpu-0.9]" in lines(result)
 

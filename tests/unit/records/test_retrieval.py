@@ -91,8 +91,8 @@ def test_the_change_since_another_run_has_the_sign_of_what_is_found() -> None:
 
 
 def test_the_perplexity_of_answers_is_that_of_their_tokens() -> None:
-    before = retrieval(*(item(text=text, nll=1.0, tokens=4) for text in range(3)))
-    after = retrieval(*(item(text=text, nll=1.4, tokens=4) for text in range(3)))
+    before = retrieval(*(item(text=text, nll=1.0, tokens=4) for text in range(8)))
+    after = retrieval(*(item(text=text, nll=1.4, tokens=4) for text in range(8)))
     change = after.answers_since(before)
     assert change.percent == pytest.approx(100 * math.expm1(0.1))
     assert change.ends == pytest.approx((change.percent, change.percent))
@@ -102,8 +102,8 @@ def test_the_perplexity_of_answers_is_that_of_their_tokens() -> None:
 def test_texts_are_what_varies_between_answers() -> None:
     """Four items in each text all change alike."""
     names = "abcd"
-    before = retrieval(*(item(text=text, name=name) for text in range(4) for name in names))
-    after = retrieval(*(item(text=text, name=name, nll=0.5 + text) for text in range(4) for name in names))
+    before = retrieval(*(item(text=text, name=name) for text in range(8) for name in names))
+    after = retrieval(*(item(text=text, name=name, nll=0.5 + text / 2) for text in range(8) for name in names))
     low, high = after.answers_since(before).ends
     assert high - low > 100.0
 

@@ -88,7 +88,7 @@ def test_the_heading_says_what_was_measured() -> None:
         "WikiText-2 test",
         "cpu (Synthetic CPU @ 2.50 GHz), threads: 2",
         "prompt of 1,024 tokens in chunks of 256, 64 new tokens",
-        "4 samples",
+        "8 samples",
     ):
         assert words in " ".join(text.split())
 
@@ -120,10 +120,10 @@ def test_a_sweep_that_drops_nothing_has_no_verdicts() -> None:
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
-        ({"rounds": 6, "documents": 10}, []),
-        ({"rounds": 5, "documents": 10}, ["6 pairs"]),
-        ({"rounds": 6, "documents": 9}, ["10 samples"]),
-        ({"rounds": 5, "documents": 9}, ["6 pairs", "10 samples"]),
+        ({"rounds": 6, "documents": 8}, []),
+        ({"rounds": 5, "documents": 8}, ["(5 of 6)"]),
+        ({"rounds": 6, "documents": 7}, ["(7 of 8)"]),
+        ({"rounds": 5, "documents": 7}, ["(5 of 6)", "(7 of 8)"]),
     ],
 )
 def test_what_is_few_is_said_to_be_few(parameters: dict[str, int], named: list[str]) -> None:
@@ -174,6 +174,10 @@ def test_it_is_left_out_where_records_have_means_only() -> None:
 
 def test_without_an_interval_there_is_none() -> None:
     assert "no interval" in printed([make_record(rounds=2)])
+    record = make_record(documents=3)
+    assert f"{record.quality.ppl} " in (told := printed([record]))
+    assert "no interval" in told
+    assert "no interval" not in printed([make_record()])
 
 
 def test_one_table_for_each_setting() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from knormpress.stats.gates import gate
 from knormpress.stats.intervals import Change, Floats
-from knormpress.stats.perplexity import ppl_change, ppl_percent
+from knormpress.stats.perplexity import ppl_change, ppl_percent, too_few
 
 
 def bounds(gaps: list[Floats]) -> tuple[float, float]:
@@ -27,30 +27,30 @@ def same(nats: float, tokens: int, documents: int = 1) -> list[Floats]:
 
 
 def test_no_difference_is_exactly_no_change() -> None:
-    assert ppl_change(same(0.0, 200, 3)) == Change(0.0, 0.0, 0.0)
+    assert ppl_change(same(0.0, 200, 8)) == Change(0.0, 0.0, 0.0)
 
 
 def test_documents_that_all_agree_give_a_narrow_interval() -> None:
-    low, high = bounds(same(0.05, 256, 4))
+    low, high = bounds(same(0.05, 256, 8))
     assert low == pytest.approx(high) == pytest.approx(100 * math.expm1(0.05))
 
 
 def test_a_rise_that_no_float_holds_fails_the_gate() -> None:
-    change = ppl_change(same(1_000.0, 128, 3))
+    change = ppl_change(same(1_000.0, 128, 8))
     assert math.isfinite(change.percent)
     assert gate(change, 5.0) == "fail"
 
 
 def test_the_spread_between_documents_counts() -> None:
     """Within each document nothing varies: a bootstrap over tokens alone would be sure to a hundredth."""
-    low, high = bounds([np.full(128, nats) for nats in (0.0, 0.02, 0.08, 0.1)])
+    low, high = bounds([np.full(128, nats) for nats in (0.0, 0.02, 0.08, 0.1) * 2])
     assert low < 3.0
     assert high > 7.0
 
 
 def test_the_spread_within_documents_counts() -> None:
     """All documents have one mean; half of each is far above it, half far below."""
-    low, high = bounds([np.repeat((0.5, -0.4), 128)] * 4)
+    low, high = bounds([np.repeat((0.5, -0.4), 128)] * 8)
     assert low < 0.0 < high
     assert high - low > 10.0
 
@@ -58,8 +58,8 @@ def test_the_spread_within_documents_counts() -> None:
 def test_neighbouring_tokens_are_not_taken_for_independent() -> None:
     random = np.random.default_rng(5)
     alike = np.repeat(random.normal(0.0, 0.2, 16), 64)
-    low, high = bounds([alike])
-    mixed_low, mixed_high = bounds([random.permutation(alike)])
+    low, high = bounds([alike] * 8)
+    mixed_low, mixed_high = bounds([random.permutation(alike)] * 8)
     assert high - low > 3 * (mixed_high - mixed_low)
 
 
@@ -70,10 +70,16 @@ def test_longer_documents_weigh_more() -> None:
     assert high == pytest.approx(100 * math.expm1(0.1 * 2700 / (2700 + 7 * 90)))
 
 
-def test_one_short_document_gives_no_interval() -> None:
-    assert ppl_change(same(0.1, 64)) == Change(pytest.approx(100 * math.expm1(0.1)), None, None)
-    assert ppl_change(same(0.1, 65)).low is not None
-    assert ppl_change(same(0.1, 64, 2)).low is not None
+@pytest.mark.parametrize("documents", [1, 7])
+def test_few_documents_give_no_interval(documents: int) -> None:
+    change = ppl_change(same(0.1, 200, documents))
+    assert change == Change(pytest.approx(100 * math.expm1(0.1)), None, None)
+    assert f"({documents} of 8)" in too_few(documents)
+
+
+def test_eight_documents_do() -> None:
+    assert ppl_change(same(0.1, 1, 8)).low is not None
+    assert too_few(8) == ""
 
 
 def test_the_interval_covers_the_truth_in_about_95_percent() -> None:
