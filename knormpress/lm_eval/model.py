@@ -43,7 +43,7 @@ _ROLLED = 64
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
-@register_model("knormpress")  # type: ignore[untyped-decorator]
+@register_model("knormpress")
 class KnormLM(HFLM):  # type: ignore[misc]
     """A causal language model whose answers come from behind a pruned cache.
 
@@ -94,7 +94,7 @@ class KnormLM(HFLM):  # type: ignore[misc]
         # One prompt at a time is generated from, as each has a text of its own before its question.
         super().__init__(pretrained=pretrained, batch_size=1, **options)
         if isinstance(method, str):
-            method = _named(method, pretrained, keep_ratio, plan, prune_after, tuple(skip_layers))
+            method = make_method(method, _press(pretrained, keep_ratio, plan, prune_after, skip_layers))
         self.method, self.split, self.prefill_chunk = method, split, prefill_chunk
         self.contexts, self.pruned = 0, 0
         self._rows, self._progress = int(batch_size or 1), progress or Progress()
@@ -254,19 +254,12 @@ def _expect_in(marker: str, prompt: str) -> None:
         )
 
 
-def _named(
-    name: str,
-    model: Any,
-    keep_ratio: float | None,
-    plan: str | Path | None,
-    prune_after: int,
-    skip_layers: tuple[int, ...],
-) -> Method:
+def _press(
+    model: Any, keep_ratio: float | None, plan: str | Path | None, prune_after: int, skip_layers: Sequence[int]
+) -> KnormPress:
     if (keep_ratio is None) == (plan is None):
         given = "neither is" if plan is None else "both are"
         raise KnormError(f"keep_ratio and plan: {given} given; wanted one of them, such as keep_ratio 0.5 or plan auto")
     if keep_ratio is not None:
-        press = KnormPress(keep_ratio, prune_after, skip_layers)
-    else:
-        press = KnormPress.for_model(model) if str(plan) == "auto" else KnormPress.from_plan(str(plan), model)
-    return make_method(name, press)
+        return KnormPress(keep_ratio, prune_after, tuple(skip_layers))
+    return KnormPress.for_model(model) if str(plan) == "auto" else KnormPress.from_plan(str(plan), model)

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from knormpress.errors import KnormError
 from knormpress.lm_eval.model import KnormLM
 from knormpress.methods.full import FullCache
+from knormpress.methods.method import Method
 from knormpress.records.lm_eval import HarnessTasks, TaskMetric
 from knormpress.records.schema import TextInfo
 
@@ -72,37 +73,34 @@ def compare_tasks(
     Raises:
         KnormError: a task can't be loaded or can't be answered by this model, or nothing of its contexts was pruned.
     """
-    sides = []
     method = model.method
-    for each in (FullCache(), method):
+
+    def ask(each: Method) -> Any:
         model.method, model.contexts, model.pruned = each, 0, 0
-        try:
-            with _one_line(names):
-                sides.append(
-                    simple_evaluate(
-                        model=model,
-                        tasks=list(names),
-                        task_manager=manager,
-                        num_fewshot=few_shot,
-                        limit=limit,
-                        apply_chat_template=chat_template,
-                        bootstrap_iters=0,
-                    )
-                )
-        finally:
-            model.method = method
-    full, candidate = sides
-    tasks = HarnessTasks(
-        version=lm_eval.__version__,
-        contexts=model.contexts,
-        pruned=model.pruned,
-        metrics=tuple(_metrics(full, candidate)),
-    )
+        with _one_line(names):
+            return simple_evaluate(
+                model=model,
+                tasks=list(names),
+                task_manager=manager,
+                num_fewshot=few_shot,
+                limit=limit,
+                apply_chat_template=chat_template,
+                bootstrap_iters=0,
+            )
+
+    try:
+        candidate = ask(method)
+        contexts, pruned = model.contexts, model.pruned
+        full = ask(FullCache())
+    finally:
+        model.method = method
+    metrics = tuple(_metrics(full, candidate))
+    tasks = HarnessTasks(version=lm_eval.__version__, contexts=contexts, pruned=pruned, metrics=metrics)
     prompts = [sample["prompt_hash"] + sample["target_hash"] for part in full["samples"].values() for sample in part]
     text = TextInfo(
         name=", ".join(full["samples"]),
         source=f"lm-evaluation-harness {lm_eval.__version__}",
-        sha256=hashlib.sha256("".join(prompts).encode()).hexdigest(),
+        sha256=hashlib.sha256("".join([*prompts, model.split or ""]).encode()).hexdigest(),
     )
     return tasks, text
 

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from knormpress.records.figures import Strict
 from knormpress.stats.intervals import Change
-from knormpress.stats.shares import found_change
+from knormpress.stats.shares import Share, found_change, share_of
 
 __all__ = ["HarnessTasks", "TaskMetric"]
 
@@ -60,6 +60,14 @@ class HarnessTasks(Strict):
             if metric.right:
                 found.setdefault(metric.task, metric.right)
         return found
+
+    @property
+    def kept(self) -> dict[str, Share]:
+        """For each task, of how many documents that the full cache has right the candidate has right too."""
+        return {
+            task: share_of([(candidate, 1) for full, candidate in documents if full])
+            for task, documents in self.right.items()
+        }
 
     @property
     def change(self) -> Change:
