@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
 from knormpress.workload.tasks.draw import Draw
 from knormpress.workload.tasks.needles import multi_key
 
@@ -67,6 +70,17 @@ def write_tasks(folder: Path, *, texts: int = 2) -> Path:
         # JSON is YAML.
         (folder / f"{task}.yaml").write_text(json.dumps(source | form), encoding="utf-8")
     return folder
+
+
+def let_answers_be(folder: Path, model: Any) -> None:
+    """Make what ``model``, one of the harness's models, chooses the right answer of each document of ``choice``."""
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    results = simple_evaluate(model=model, tasks=["choice"], task_manager=manager, bootstrap_iters=0)
+    lines = []
+    for sample in results["samples"]["choice"]:
+        scores = [score for ((score, _),) in sample["resps"]]
+        lines.append(json.dumps(sample["doc"] | {"label": scores.index(max(scores))}) + "\n")
+    (folder / "test.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _documents(number: int) -> list[dict[str, Any]]:

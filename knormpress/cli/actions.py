@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +109,9 @@ def run_tasks(
         KnormError: the harness is not installed, or can't run the tasks with this model and method.
         Stopped: the user stopped the command.
     """
-    if find_spec("lm_eval") is None:
-        raise KnormError('lm-evaluation-harness is not installed; pip install "knormpress[lm-eval]"')
+    from knormpress.lm_eval import expect_harness
+
+    expect_harness()
     from knormpress.lm_eval.model import KnormLM
     from knormpress.lm_eval.run import compare_tasks, find_tasks
     from knormpress.methods.method import describe_method

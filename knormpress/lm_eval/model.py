@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +33,26 @@ from knormpress.workload.devices import resolve
 from knormpress.workload.models import load_model
 from knormpress.workload.tasks.haystack import Haystack, Question
 
-__all__ = ["LAST_EXAMPLE", "KnormLM"]
+__all__ = ["LAST_EXAMPLE", "KnormLM", "quiet"]
 
 LAST_EXAMPLE = "\n\n"
 """What stands before the question of a task that generates: the blank line behind the last example."""
 
 # Tokens of a rolling window in one pass: as often as decoding prunes.
 _ROLLED = 64
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Turn off what the harness logs below an error, such as that it can't load a model that is loaded."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
 
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -91,8 +105,9 @@ class KnormLM(HFLM):  # type: ignore[misc]
             loaded = load_model(pretrained, device=resolve(device or "auto"), dtype=dtype)
             pretrained, options = loaded.model, {"tokenizer": loaded.tokenizer} | options
         options.pop("max_batch_size", None)
-        # One prompt at a time is generated from, as each has a text of its own before its question.
-        super().__init__(pretrained=pretrained, batch_size=1, **options)
+        with quiet():
+            # One prompt at a time is generated from, as each has a text of its own before its question.
+            super().__init__(pretrained=pretrained, batch_size=1, **options)
         if isinstance(method, str):
             method = make_method(method, _press(pretrained, keep_ratio, plan, prune_after, skip_layers))
         self.method, self.split, self.prefill_chunk = method, split, prefill_chunk

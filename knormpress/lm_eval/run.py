@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from knormpress.errors import KnormError
-from knormpress.lm_eval.model import KnormLM
+from knormpress.lm_eval.model import KnormLM, quiet
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method
 from knormpress.records.lm_eval import HarnessTasks, TaskMetric
@@ -37,10 +36,14 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> TaskManager:
         raise KnormError(f"there is no folder {folder}; wanted a folder with YAML files of tasks")
     if not names:
         raise KnormError("no task is named; wanted at least one, such as lambada_openai or a YAML file")
+    files = [name for name in names if name.endswith((".yaml", ".yml"))]
+    for name in files:
+        if not Path(name).is_file():
+            raise KnormError(f"there is no file {name}; wanted the YAML file of a task")
     # The harness's own thousands of tasks take long to read, and are left out where they are not needed.
     for with_own in (False, True):
         manager = TaskManager(include_path=folder and str(folder), include_defaults=with_own)
-        unknown = [name for name in names if name not in manager.all_tasks and not _is_task_file(name)]
+        unknown = [name for name in names if name not in (*files, *manager.all_tasks)]
         if not unknown:
             return manager
     raise KnormError(
@@ -105,26 +108,18 @@ def compare_tasks(
     return tasks, text
 
 
-def _is_task_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
-
-
 @contextmanager
 def _one_line(names: Sequence[str]) -> Iterator[None]:
-    """Errors of the harness and of the libraries that it loads data with, in one line; its log without its advice."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Errors of the harness and of the libraries that it loads data with, in one line, and without its log."""
     try:
-        yield
+        with quiet():
+            yield
     except KnormError:
         raise
     # YAML, templates and data sets are read by different libraries, each with its own errors.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise KnormError(f"lm-evaluation-harness can't run {', '.join(names)}: {reason}") from error
-    finally:
-        log.setLevel(level)
 
 
 def _metrics(full: Any, candidate: Any) -> Iterator[TaskMetric]:

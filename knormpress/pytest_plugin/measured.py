@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +113,9 @@ def run_tasks(
     Raises:
         KnormError: the harness is not installed, or as for these functions.
     """
-    if find_spec("lm_eval") is None:
-        raise KnormError('lm-evaluation-harness is not installed; pip install "knormpress[lm-eval]"')
+    from knormpress.lm_eval import expect_harness
+
+    expect_harness()
     from knormpress.lm_eval.model import KnormLM
     from knormpress.lm_eval.run import compare_tasks, find_tasks
 
