@@ -250,6 +250,8 @@ def test_commands_of_knormpress_run(
             (folder / module[1]).write_text(block.text, encoding="utf-8")
     if path.name == "your-own-method.md":  # it continues from the README's sweep
         assert main(["sweep", *QUICK, "--keep-ratios", "0.9"]) == 0
+    if path.name == "lm-eval.md":
+        run_python(of(path, "python")[:1], path.name, capsys)
     try:
         for (command, *given), finds_modules in RUNS[path]:
             with monkeypatch.context() as patched:

@@ -10,7 +10,7 @@ import pytest
 from knormpress.compare.verdicts import THRESHOLDS, Finding, Verdict, Word, judge, read_thresholds, worst
 from knormpress.errors import KnormError
 from knormpress.records.schema import Entry
-from tests.entry_factory import make_entry
+from tests.entry_factory import make_entry, make_tasks
 
 
 def judged(before: Entry, now: Entry, **thresholds: float) -> Verdict:
@@ -32,8 +32,9 @@ def words(verdict: Verdict) -> dict[str, str]:
 
 
 def test_the_same_figures_are_ok() -> None:
-    before, again = make_entry(noise=0.001), make_entry(noise=0.001, seed=1)
-    verdict = judged(before, again.model_copy(update={"quality": before.quality}))
+    before = make_entry(noise=0.001).model_copy(update={"lm_eval": make_tasks()})
+    again = make_entry(noise=0.001, seed=1)
+    verdict = judged(before, again.model_copy(update={"quality": before.quality, "lm_eval": before.lm_eval}))
     assert (verdict.test, verdict.word) == ("tests/test_x.py::test_x", "ok")
     assert words(verdict) == dict.fromkeys(THRESHOLDS, "ok")
     assert verdict.reason == "against aaa"
