@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from knormpress.records.lm_eval import HarnessTasks, TaskMetric
 from knormpress.records.schema import Entry
 from tests.record_factory import make_record
 
@@ -39,3 +40,17 @@ def make_entry(
         passed=passed,
         **{part: getattr(record, part) for part in parts},
     )
+
+
+def make_tasks(right: int = 40, *, of: int = 40, task: str = "choice", full: int | None = None) -> HarnessTasks:
+    """A run of lm-evaluation-harness with one task: the candidate has the first ``right`` of ``of`` documents right.
+
+    The full cache has the first ``full`` right, all unless given.
+    """
+    full = of if full is None else full
+    pairs = tuple((number < full, number < right) for number in range(of))
+    metric = TaskMetric(
+        task=task, metric="acc,none", higher_is_better=True, full=full / of, candidate=right / of, right=pairs
+    )
+    other = TaskMetric(task=task, metric="perplexity,none", higher_is_better=False, full=5.0, candidate=6.0)
+    return HarnessTasks(version="0.4.13", contexts=of, pruned=of, metrics=(other, metric))

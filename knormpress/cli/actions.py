@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
     from knormpress.compare.verdicts import Verdict
     from knormpress.measure.options import Candidates, Effort, Source
     from knormpress.records.plan import Plan
-    from knormpress.records.schema import Record
+    from knormpress.records.schema import Entry, Record
     from knormpress.tune.search import Targets
 
-__all__ = ["Stopped", "judge_runs", "measure_cells", "search_plan", "write_page"]
+__all__ = ["Stopped", "judge_runs", "measure_cells", "run_tasks", "search_plan", "write_page"]
 
 
 class Stopped(Exception):
@@ -81,6 +83,66 @@ def search_plan(targets: Targets, source: Source, path: Path, *, fresh: bool, **
         return tune(bench, targets, path, fresh=fresh, progress=progress, **how)
 
 
+def run_tasks(
+    names: Sequence[str],
+    path: Path,
+    *,
+    model: str | None,
+    device: str,
+    dtype: str,
+    folder: Path | None,
+    few_shot: int | None,
+    limit: int | None,
+    chat_template: bool,
+    **how: Any,
+) -> Entry:
+    """Run tasks of lm-evaluation-harness through both caches, and add the result to ``path``.
+
+    Args:
+        names, folder: see ``lm_eval.run.find_tasks``.
+        path: a JSON Lines file.
+        model, device, dtype: see ``workload.models.load_model`` and ``workload.devices.resolve``.
+        few_shot, limit, chat_template: see ``lm_eval.run.compare_tasks``.
+        how: the method and its policy, see ``lm_eval.model.KnormLM``.
+
+    Raises:
+        KnormError: the harness is not installed, or can't run the tasks with this model and method.
+        Stopped: the user stopped the command.
+    """
+    from knormpress.lm_eval import expect_harness
+
+    expect_harness()
+    from knormpress.lm_eval.model import KnormLM
+    from knormpress.lm_eval.run import compare_tasks, find_tasks
+    from knormpress.methods.method import describe_method
+    from knormpress.records.jsonl import append_record
+    from knormpress.records.schema import Entry
+    from knormpress.workload.bench import describe_model
+    from knormpress.workload.devices import resolve
+    from knormpress.workload.environment import describe_environment
+    from knormpress.workload.models import load_model
+
+    manager = find_tasks(names, folder)
+    with _stoppable("nothing is kept, and the same command starts over"), TerminalProgress() as progress:
+        loaded = load_model(model, device=resolve(device), dtype=dtype)
+        asked = KnormLM(loaded.model, tokenizer=loaded.tokenizer, progress=progress, **how)
+        tasks, text = compare_tasks(asked, manager, names, few_shot=few_shot, limit=limit, chat_template=chat_template)
+    entry = Entry(
+        run=uuid.uuid4().hex,
+        test=f"knormpress lm-eval {','.join(names)}",
+        created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        environment=describe_environment(loaded.model.device),
+        model=describe_model(loaded),
+        text=text,
+        method=describe_method(asked.method),
+        conditions={"few_shot": few_shot, "limit": limit, "prefill_chunk": asked.prefill_chunk},
+        lm_eval=tasks,
+        passed=True,
+    )
+    append_record(path, entry)
+    return entry
+
+
 def judge_runs(
     base: str | None, tests: str, storage: Path, thresholds: Mapping[str, float]
 ) -> tuple[list[Verdict], list[str], list[str]]:
@@ -128,18 +190,26 @@ def write_page(files: Sequence[Path], storage: Path, page: Path, markdown: Path 
     """Write a report on ``files`` and the stored runs; returns notes about the stored runs.
 
     Args:
-        files: records of sweeps, and plans (.json).
+        files: records of sweeps, runs of ``lm-eval``, and plans (.json).
         storage: pytest-benchmark's storage.
         page, markdown: see ``report.write_report``.
     """
     from knormpress.records.history import History
-    from knormpress.records.jsonl import read_records
+    from knormpress.records.jsonl import read_entries, read_records
     from knormpress.records.plan import read_plan
     from knormpress.show.page.report import write_report
 
     plans = [read_plan(path) for path in files if path.suffix == ".json"]
-    records = [record for path in files if path.suffix != ".json" for record in read_records(path)]
+    records: list[Record] = []
+    tasks: list[Entry] = []
+    for path in files:
+        if path.suffix != ".json":
+            entries = read_entries(path)
+            if entries is None:
+                records.extend(read_records(path))
+            else:
+                tasks.extend(entries)
     history = History.read(storage)
     with TerminalProgress() as progress:
-        write_report(records, history, page, markdown, plans=plans, progress=progress)
+        write_report(records, history, page, markdown, plans=plans, tasks=tasks, progress=progress)
     return history.notes

@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
-from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
+from knormpress.cli.actions import Stopped, judge_runs, measure_cells, run_tasks, search_plan, write_page
 from knormpress.cli.options import Cost, Fresh, Json, Output, Quick, number, taking
 from knormpress.errors import KnormError
 from knormpress.files import room_for, writing
-from knormpress.measure.options import Candidates, Effort, Source, words
+from knormpress.measure.options import Candidates, Effort, Source, options_of, read_option, words
 
 __all__ = ["app", "main"]
 
@@ -45,6 +45,7 @@ _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
 _PLAN_FILE = "plan.json"
+_TASKS_FILE = "lm-eval.jsonl"
 # The exit status that a shell reports for a command ended by SIGINT.
 _STOPPED = 130
 
@@ -252,10 +253,82 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command("lm-eval")
+def lm_eval(
+    *,
+    tasks: Annotated[str, typer.Option(help="Names of the harness, or YAML files, separated by commas.")],
+    keep_ratio: Annotated[float | None, typer.Option(help="Share of the seen tokens to keep.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="In its place: a plan of knormpress tune, or auto for the shipped one.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="As for sweep.")] = "knorm",
+    prune_after: Annotated[int, typer.Option(help="Tokens a layer must have seen before it is pruned.")] = 512,
+    skip_layers: Annotated[str, typer.Option(help='Layers never pruned, separated by commas, or "none".')] = "0",
+    split: Annotated[
+        str | None,
+        typer.Option(help="What a question begins with: it is fed after the pruning. See docs/lm-eval.md."),
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples; as the task says unless given.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The most documents of a task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of your own tasks.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put prompts into the tokenizer's chat template.")
+    ] = False,
+    prefill_chunk: Annotated[int | None, typer.Option(help="Send contexts in chunks of this many tokens.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Continuations behind one context in one pass.")] = 1,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or local folder; SmolLM2-135M-Instruct unless given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps or xpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
+    output: Output = _RESULTS,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness through the full cache and through the pruned one.
+
+    Every answer is scored behind the pruned context. The result is added to OUTPUT/lm-eval.jsonl.
+
+    \b
+    Examples:
+      knormpress lm-eval --tasks lambada_openai --keep-ratio 0.5 --prune-after 32 --limit 100
+      knormpress lm-eval --tasks gsm8k --num-fewshot 5 --plan auto --limit 50
+      knormpress lm-eval --tasks my_task --include-path tasks --method random --keep-ratio 0.5 --split "Question:"
+    """
+    from knormpress.show.task_table import print_tasks
+
+    path = output / _TASKS_FILE
+    skipping = next(option for option in options_of(Candidates) if option.name == "skip_layers")
+    entry = run_tasks(
+        words(tasks),
+        path,
+        model=model,
+        device=device,
+        dtype=dtype,
+        folder=include_path,
+        few_shot=num_fewshot,
+        limit=limit,
+        chat_template=apply_chat_template,
+        keep_ratio=keep_ratio,
+        plan=plan,
+        method=method,
+        prune_after=prune_after,
+        skip_layers=read_option(skipping, skip_layers, "--skip_layers"),
+        split=split,
+        prefill_chunk=prefill_chunk,
+        batch_size=batch_size,
+    )
+    if as_json:
+        typer.echo(entry.model_dump_json())
+        return
+    print_tasks(entry)
+    typer.echo(f"results: {path}; page: knormpress report {path}")
+
+
 @app.command()
 def report(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Records of sweeps, and plans (.json); those in results/ unless given.")
+        list[Path] | None,
+        typer.Argument(help="Records of sweeps and of lm-eval, and plans (.json); those in results/ unless given."),
     ] = None,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     markdown: Annotated[Path | None, typer.Option(help="Also write a summary to this file, as Markdown.")] = None,
@@ -270,7 +343,7 @@ def report(
       knormpress report
       knormpress report results/results.jsonl results-random/results.jsonl --output report.html --markdown summary.md
     """
-    usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _PLAN_FILE))
+    usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _TASKS_FILE, _PLAN_FILE))
     notes = write_page(files or [path for path in usual if path.is_file()], storage, output, markdown)
     typer.echo("\n".join(map(str, filter(None, (*notes, output, markdown)))))
 

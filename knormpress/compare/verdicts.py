@@ -51,10 +51,12 @@ THRESHOLDS: Mapping[str, float] = {
     "kl": 5.0,
     "found": 2.0,
     "answers": 5.0,
+    "tasks": 2.0,
 }
 """The allowed loss in % of each metric; a larger loss is a regression. Names with ``_s`` are absolute times.
 
-``found`` is in points of the share of retrieval items that are found, ``answers`` the perplexity of their answers.
+``found`` is in points of the share of retrieval items that are found, ``answers`` the perplexity of their answers;
+``tasks`` is in points of the share of right documents of lm-evaluation-harness.
 """
 
 # More than these are counted in the reason; the report has all of them.
@@ -110,6 +112,7 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
     findings += _counts(before[-1], now[-1], thresholds)
     findings += _quality(before[-1], now[-1], thresholds)
     findings += _retrieval(before[-1], now[-1], thresholds)
+    findings += _tasks(before[-1], now[-1], thresholds)
     if not findings:
         return Verdict(now[-1].test, "incomparable", f"{reason}, without a figure in common")
     word = worst([finding.word for finding in findings if finding.word != "incomparable"] or ["incomparable"])
@@ -290,6 +293,22 @@ def _retrieval(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> li
     found = replace(found, reason="; ".join(filter(None, [found.reason, *listed])))
     rises = _pair(f"{side.nll_rise or 0.0:+.2f} nats" for side in (old, new))
     return [found, _finding("answers", rises, new.answers_since(old), 1.0, thresholds["answers"])]
+
+
+def _tasks(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list[Finding]:
+    """Compare document by document: what the candidate had right."""
+    old, new = before.lm_eval, now.lm_eval
+    if old is None or new is None or not new.right:
+        return []
+    counts = [{task: len(documents) for task, documents in side.right.items()} for side in (old, new)]
+    if old.version != new.version or counts[0] != counts[1]:
+        what = f"lm-eval {old.version}, now {new.version}" if old.version != new.version else "other documents"
+        return [Finding("tasks", "incomparable", ("", ""), None, f"is not compared: {what}")]
+    shown = _pair(
+        str(share_of([(candidate, 1) for documents in side.right.values() for _, candidate in documents]))
+        for side in (old, new)
+    )
+    return [_finding("tasks", shown, new.change_since(old), -1.0, thresholds["tasks"])]
 
 
 def _moved(pairs: Sequence[tuple[Item, Item]], *, lost: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from knormpress.errors import KnormError
@@ -18,13 +19,13 @@ from knormpress.methods.method import Method, describe_method
 from knormpress.methods.registry import make_method
 from knormpress.policy.policy import Policy
 from knormpress.records.figures import Cost, Latency, Memory, Quality
-from knormpress.records.schema import Entry, Result
+from knormpress.records.schema import Entry, Result, TextInfo
 from knormpress.stats.gates import documents_to_decide, gate
 from knormpress.stats.perplexity import LEAST_DOCUMENTS, too_few
 from knormpress.workload.bench import Bench
 from knormpress.workload.tasks.haystack import haystacks, named_tasks
 
-__all__ = ["CONTROLS", "Measured", "gated", "retrieval_controls", "retrieve", "score"]
+__all__ = ["CONTROLS", "Measured", "gated", "retrieval_controls", "retrieve", "run_tasks", "score"]
 
 CONTROLS = ("random", "recent-window")
 """The controls of a retrieval gate."""
@@ -91,6 +92,41 @@ def retrieval_controls(policy: Policy) -> dict[str, Method]:
     return {name: make_method(name, KnormPress.of(policy)) for name in CONTROLS}
 
 
+def run_tasks(
+    bench: Bench,
+    method: Method,
+    tasks: Sequence[str],
+    *,
+    folder: Path | None,
+    split: str | None,
+    few_shot: int | None,
+    limit: int | None,
+) -> tuple[Result, TextInfo]:
+    """Run ``tasks`` of lm-evaluation-harness through the full cache and the method's; returns their documents too.
+
+    Args:
+        bench: the model.
+        method: the method.
+        tasks, folder: see ``lm_eval.run.find_tasks``.
+        split: see ``lm_eval.model.KnormLM``.
+        few_shot, limit: see ``lm_eval.run.compare_tasks``.
+
+    Raises:
+        KnormError: the harness is not installed, or as for these functions.
+    """
+    from knormpress.lm_eval import expect_harness
+
+    expect_harness()
+    from knormpress.lm_eval.model import KnormLM
+    from knormpress.lm_eval.run import compare_tasks, find_tasks
+
+    manager = find_tasks(tasks, folder)
+    model = KnormLM(bench.model, tokenizer=bench.tokenizer, method=method, split=split)
+    found, text = compare_tasks(model, manager, tasks, few_shot=few_shot, limit=limit)
+    conditions: dict[str, int | None] = {"few_shot": few_shot, "limit": limit}
+    return Result(method=describe_method(method), conditions=conditions, lm_eval=found), text
+
+
 def gated(quality: Quality, tolerance: float) -> tuple[str, str]:
     """The decision of the quality gate, ``pass``, ``fail`` or ``inconclusive``, and the figures as text."""
     change, documents = quality.ppl, len(quality.documents)
@@ -114,6 +150,7 @@ class Measured:
         self._results: dict[str, Result] = {}
         # The full cache's counted prefills by tokens and chunk, which tests share.
         self._counted = {} if counted is None else counted
+        self._text = bench.text_info
 
     def latency(
         self,
@@ -205,6 +242,11 @@ class Measured:
         self._check_first("retrieval")
         self._results["retrieval"] = result
 
+    def tasks(self, result: Result, text: TextInfo) -> None:
+        """Store a result of ``run_tasks``, whose documents are the text of the test."""
+        self._check_first("lm_eval")
+        self._results["lm_eval"], self._text = result, text
+
     def entry(self, *, passed: bool) -> Entry | None:
         """All measurements as an entry, or None if there are none."""
         if not self._results:
@@ -217,7 +259,7 @@ class Measured:
             created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             environment=self.bench.environment,
             model=self.bench.model_info,
-            text=self.bench.text_info,
+            text=self._text,
             method=" and ".join(dict.fromkeys(result.method for result in results)),
             conditions={name: value for result in results for name, value in result.conditions.items()},
             passed=passed,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from knormpress.methods.knorm import KnormPress
+from knormpress.pytest_plugin.lm_eval import knorm_lm_eval_gate
 from knormpress.pytest_plugin.options import (
     FLAGS,
     OPTIONS,
@@ -50,6 +51,7 @@ __all__ = [
     "knorm_cost",
     "knorm_gate",
     "knorm_latency",
+    "knorm_lm_eval_gate",
     "knorm_memory",
     "knorm_method",
     "knorm_passkey_gate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from knormpress.errors import KnormError
 from knormpress.files import replacing
 from knormpress.records.schema import SCHEMA_VERSION, Entry, Record
 
-__all__ = ["append_record", "fault", "parse_entry", "read_records"]
+__all__ = ["append_record", "fault", "parse_entry", "read_entries", "read_records"]
 
 
 def append_record(path: Path, record: Record | Entry) -> None:
@@ -56,6 +57,22 @@ def read_records(path: Path) -> Iterator[Record]:
                 f"{path} line {number} is not a complete record of schema version {SCHEMA_VERSION} ({fault(error)}); "
                 "correct or remove that line, or start over with --fresh"
             ) from error
+
+
+def read_entries(path: Path) -> Iterator[Entry] | None:
+    """The entries of a JSON Lines file, in order; None if it can't be read or does not begin with an entry.
+
+    Raises:
+        KnormError: a later line is not a complete entry of this schema version.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        first = json.loads(lines[0]) if lines else {}
+    except (OSError, ValueError):
+        return None
+    if not isinstance(first, dict) or "run" not in first:
+        return None
+    return (parse_entry(line, f"{path} line {number}") for number, line in enumerate(lines, start=1))
 
 
 def parse_entry(text: str, where: str) -> Entry:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 from pydantic import Field
 
 from knormpress.records.figures import Cost, Latency, Memory, Quality, Strict
+from knormpress.records.lm_eval import HarnessTasks
 from knormpress.records.retrieval import Retrieval
 
 __all__ = [
@@ -130,7 +131,7 @@ class Result(Strict):
     Args:
         method: a text for the method that is the same for equal methods.
         conditions: such as numbers of prompt and scored tokens, by name; only results with equal ones are compared.
-        latency, memory, quality, retrieval, cost: the measurements that were made.
+        latency, memory, quality, retrieval, cost, lm_eval: the measurements that were made.
     """
 
     method: str
@@ -140,6 +141,7 @@ class Result(Strict):
     quality: Quality | None = None
     retrieval: Retrieval | None = None
     cost: Cost | None = None
+    lm_eval: HarnessTasks | None = None
 
 
 class Entry(Result):

@@ -13,9 +13,20 @@ from knormpress.errors import KnormError
 from knormpress.records.schema import Environment, ModelInfo, TextInfo
 from knormpress.workload.corpora import Corpus, documents
 from knormpress.workload.environment import describe_environment
-from knormpress.workload.models import load_model
+from knormpress.workload.models import LoadedModel, load_model
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "describe_model"]
+
+
+def describe_model(loaded: LoadedModel) -> ModelInfo:
+    """Describe a model, for a record."""
+    return ModelInfo(
+        name=loaded.name,
+        source=loaded.source,
+        fingerprint=loaded.fingerprint,
+        dtype=loaded.dtype,
+        parameters=loaded.parameters,
+    )
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,7 @@ class Bench:
             ids=torch.tensor(tokenizer(corpus.text, add_special_tokens=False, verbose=False).input_ids),
             start=torch.tensor(first if first == [tokenizer.bos_token_id] else [], dtype=torch.long),
             environment=describe_environment(device),
-            model_info=ModelInfo(
-                name=loaded.name,
-                source=loaded.source,
-                fingerprint=loaded.fingerprint,
-                dtype=loaded.dtype,
-                parameters=loaded.parameters,
-            ),
+            model_info=describe_model(loaded),
             text_info=TextInfo(name=corpus.name, source=corpus.source, sha256=corpus.sha256),
         )
 

@@ -206,7 +206,12 @@ def test_commands_are_known(path: Path, parser: pytest.Parser) -> None:
 
 
 QUICK = ["--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1"]
-MADE_QUICK = {"sweep": QUICK, "baseline": QUICK, "tune": ["--minutes", "0.3", "--context", "512"]}
+MADE_QUICK = {
+    "sweep": QUICK,
+    "baseline": QUICK,
+    "tune": ["--minutes", "0.3", "--context", "512"],
+    "lm-eval": ["--limit", "1"],
+}
 """What commands get where a page leaves it open, so that they take seconds: of two equal options the last holds."""
 
 
@@ -250,6 +255,8 @@ def test_commands_of_knormpress_run(
             (folder / module[1]).write_text(block.text, encoding="utf-8")
     if path.name == "your-own-method.md":  # it continues from the README's sweep
         assert main(["sweep", *QUICK, "--keep-ratios", "0.9"]) == 0
+    if path.name == "lm-eval.md":
+        run_python(of(path, "python")[:1], path.name, capsys)
     try:
         for (command, *given), finds_modules in RUNS[path]:
             with monkeypatch.context() as patched:

@@ -202,4 +202,11 @@ FIGURES = (
         0.0,
         lambda e: e.quality.ppl_percent if e.quality else math.nan,
     ),
+    _Figure(
+        "tasks",
+        "Tasks of lm-evaluation-harness over commits",
+        "Right documents (points)",
+        0.0,
+        lambda e: e.lm_eval.change.percent if e.lm_eval else math.nan,
+    ),
 )

@@ -23,7 +23,7 @@ from knormpress.progress import Progress, ticking
 from knormpress.records.checks import sound
 from knormpress.records.history import History
 from knormpress.records.plan import Plan
-from knormpress.records.schema import Record
+from knormpress.records.schema import Entry, Record
 from knormpress.show.page import past, words
 from knormpress.show.page.charts import CHART_STYLE, chart_blocks, inline_svg, is_large, scaling_blocks
 from knormpress.show.page.markdown import render_markdown
@@ -31,12 +31,13 @@ from knormpress.show.page.numbers import downloads
 from knormpress.show.page.parts import Chart, Charts, Section
 from knormpress.show.page.plans import plan_blocks
 from knormpress.show.page.settings import describe_differences, environment_blocks, families
+from knormpress.show.page.tasks import task_blocks
 from knormpress.show.pictures.style import STYLE
 
 __all__ = ["build_sections", "render_page", "write_report"]
 
 _PAGE = "page.html.j2"
-_IN_SUMMARY = ("verdicts", "results", "plans", "controls")
+_IN_SUMMARY = ("verdicts", "results", "plans", "tasks", "controls")
 
 
 def write_report(
@@ -47,19 +48,20 @@ def write_report(
     *,
     thresholds: Mapping[str, float] = THRESHOLDS,
     plans: Sequence[Plan] = (),
+    tasks: Sequence[Entry] = (),
     progress: Progress | None = None,
 ) -> None:
     """Write the page, and its Markdown form if wanted; no file is ever left half written.
 
     Args:
-        records, history, thresholds, plans: see ``build_sections``.
+        records, history, thresholds, plans, tasks: see ``build_sections``.
         page, markdown: the files to write; None for no Markdown.
         progress: gets a step for each chart.
 
     Raises:
         KnormError: there is nothing to report, a record is unusable, or a file can't be written; nothing is written.
     """
-    sections = build_sections(records, history, thresholds, plans)
+    sections = build_sections(records, history, thresholds, plans, tasks)
     with ExitStack() as stack:  # all files or none
         stack.enter_context(room_for(*filter(None, (page, markdown))))
         texts = {page: render_page(sections, progress)}
@@ -74,6 +76,7 @@ def build_sections(
     history: History,
     thresholds: Mapping[str, float] = THRESHOLDS,
     plans: Sequence[Plan] = (),
+    tasks: Sequence[Entry] = (),
 ) -> list[Section]:
     """The sections of a report, in order, without empty ones.
 
@@ -82,11 +85,12 @@ def build_sections(
         history: the stored runs.
         thresholds: see ``verdicts.THRESHOLDS``.
         plans: plans from ``knormpress tune``.
+        tasks: runs of ``knormpress lm-eval``; those of stored runs are shown too.
 
     Raises:
-        KnormError: there is no record, no stored run and no plan, or a record is unusable.
+        KnormError: there is no record, no stored run, no plan and no task, or a record is unusable.
     """
-    if not records and not history.entries and not plans:
+    if not records and not history.entries and not plans and not tasks:
         raise KnormError("there is nothing to report; measure first, for example with: knormpress sweep")
     cells = [record for group in group_records(map(sound, records)) for record in group]
     grouped = families(cells)
@@ -103,6 +107,7 @@ def build_sections(
         ),
         Section("results", "Results", (*describe_differences(cells), *words.table_blocks(grouped))),
         Section("plans", "A ratio per layer", plan_parts),
+        Section("tasks", "Tasks of lm-evaluation-harness", tuple(task_blocks([*history.entries, *tasks]))),
         Section("charts", "Charts", charts),
         Section("history", "History over commits", history_blocks),
         Section("controls", "Controls", tuple(words.control_blocks(grouped, cells)) if cells else ()),

@@ -10,7 +10,7 @@ import pytest
 from knormpress.compare.verdicts import THRESHOLDS, Finding, Verdict, Word, judge, read_thresholds, worst
 from knormpress.errors import KnormError
 from knormpress.records.schema import Entry
-from tests.entry_factory import make_entry
+from tests.entry_factory import make_entry, make_tasks
 
 
 def judged(before: Entry, now: Entry, **thresholds: float) -> Verdict:
@@ -32,8 +32,9 @@ def words(verdict: Verdict) -> dict[str, str]:
 
 
 def test_the_same_figures_are_ok() -> None:
-    before, again = make_entry(noise=0.001), make_entry(noise=0.001, seed=1)
-    verdict = judged(before, again.model_copy(update={"quality": before.quality}))
+    before = make_entry(noise=0.001).model_copy(update={"lm_eval": make_tasks()})
+    again = make_entry(noise=0.001, seed=1)
+    verdict = judged(before, again.model_copy(update={"quality": before.quality, "lm_eval": before.lm_eval}))
     assert (verdict.test, verdict.word) == ("tests/test_x.py::test_x", "ok")
     assert words(verdict) == dict.fromkeys(THRESHOLDS, "ok")
     assert verdict.reason == "against aaa"
@@ -44,7 +45,7 @@ def test_the_losses_that_are_allowed() -> None:
     times = {"ttft": 10.0, "tpot": 5.0, "throughput": 5.0, "ttft_s": 25.0, "tpot_s": 25.0}
     names = ("bytes", "decoded_bytes", "ops", "moved", "flops", "allocated", "host_reads")
     counts = dict.fromkeys(names, 0.5)
-    assert {**times, **counts, "ppl": 1.0, "kl": 5.0, "found": 2.0, "answers": 5.0} == THRESHOLDS
+    assert {**times, **counts, "ppl": 1.0, "kl": 5.0, "found": 2.0, "answers": 5.0, "tasks": 2.0} == THRESHOLDS
 
 
 @pytest.mark.parametrize("metric", ["ttft", "tpot"])

@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from knormpress.errors import KnormError
 from knormpress.records.figures import Run
-from knormpress.records.jsonl import append_record, read_records
+from knormpress.records.jsonl import append_record, read_entries, read_records
 from knormpress.records.schema import SCHEMA_VERSION, Record
+from tests.entry_factory import make_entry, make_tasks
 from tests.record_factory import make_record
 
 ROOT = Path(__file__).parents[3]
@@ -233,3 +234,33 @@ def test_two_processes_that_append_at_once_lose_no_record(path: Path) -> None:
     for name in "ab":
         written = [record for record in read_records(path) if record.policy.method == name]
         assert written == [make_record(seed=seed, method=name) for seed in range(15)]
+
+
+def test_a_file_of_entries_is_told_from_one_of_records(path: Path) -> None:
+    entries = [make_entry(parts=()).model_copy(update={"lm_eval": make_tasks(right)}) for right in (40, 30)]
+    for entry in entries:
+        append_record(path, entry)
+    found = read_entries(path)
+    assert found is not None
+    assert list(found) == entries
+    other = path.with_name("other.jsonl")
+    assert read_entries(other) is None
+    for text in ("", "[]", "broken", make_record().model_dump_json()):
+        other.write_text(text, encoding="utf-8")
+        assert read_entries(other) is None
+
+
+def test_an_entry_without_tasks_of_the_harness_is_read_and_a_broken_one_refused(path: Path) -> None:
+    """Those of earlier versions have none."""
+    old = json.loads(make_entry().model_dump_json())
+    del old["lm_eval"]
+    path.parent.mkdir()
+    path.write_text(json.dumps(old), encoding="utf-8")
+    found = read_entries(path)
+    assert found is not None
+    assert [entry.lm_eval for entry in found] == [None]
+    path.write_text(json.dumps(old) + "\n" + '{"run": 1}', encoding="utf-8")
+    broken = read_entries(path)
+    assert broken is not None
+    with pytest.raises(KnormError, match="line 2 is not a complete entry"):
+        list(broken)
