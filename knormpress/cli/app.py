@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from knormpress.cli.actions import Stopped, judge_runs, measure_cells, search_plan, write_page
+from knormpress.cli.actions import Stopped, accept_loss, judge_runs, measure_cells, search_plan, write_page
 from knormpress.cli.options import Cost, Fresh, Json, Output, Quick, number, taking
 from knormpress.errors import KnormError
 from knormpress.files import room_for, writing
@@ -41,6 +41,7 @@ Options may have dashes or underscores: --keep-ratios and --keep_ratios are the 
     },
 )
 
+Storage = Annotated[Path, typer.Option(help="pytest-benchmark's storage, which holds the stored runs.")]
 _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
@@ -248,6 +249,48 @@ def compare(
                 temporary.write_text("\n\n".join([verdict_markdown(verdicts), *faults]), encoding="utf-8")
     if faults or any(verdict.word == "regressed" for verdict in verdicts):
         raise typer.Exit(1)
+
+
+@app.command()
+def accept(
+    test: Annotated[str, typer.Argument(help="The test's id; or a function or file, for all its tests that lost.")],
+    metric: Annotated[str, typer.Argument(help="The metric that lost, as in its verdict.")],
+    why: Annotated[str, typer.Option(help="The reason, for those who read the next reports.")],
+    storage: Storage = Path(".benchmarks"),
+    thresholds: Annotated[str, typer.Option(help="Allowed losses in %, such as tpot=5,bytes=0.5.")] = "",
+) -> None:
+    """Accept what a test's newest stored run lost.
+
+    Later runs are compared with the accepted level, for this metric alone. Who accepted it, when and why is kept in the
+    history, and every later report shows it.
+
+    \b
+    Example:
+      knormpress accept "tests/perf/test_it.py::test_bytes[cpu-0.9]" bytes --why "positions take 4 bytes a token more"
+    """
+    for line in accept_loss(test, metric, why, storage, thresholds):
+        typer.echo(line)
+
+
+@app.command()
+def rename(
+    old: Annotated[str, typer.Argument(help="The earlier id of a test, or name of a function or file of tests.")],
+    new: Annotated[str, typer.Argument(help="The present one.")],
+    storage: Storage = Path(".benchmarks"),
+) -> None:
+    """Let a renamed test keep its stored runs.
+
+    \b
+    Examples:
+      knormpress rename tests/perf/test_it.py::test_size tests/perf/test_it.py::test_bytes
+      knormpress rename tests/test_perf.py tests/perf/test_it.py
+    """
+    from knormpress.compare.decided import rename as renaming
+    from knormpress.records.decisions import decide
+    from knormpress.records.history import History
+
+    decide(storage, renaming(History.read(storage), old, new))
+    typer.echo(f"the stored runs of {old} are those of {new} from now on")
 
 
 @app.command()

@@ -78,6 +78,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and read the stored runs before anything is measured."""
     warn_of_other_settings(config)
     config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
+    if config.getoption("--knorm-pin") and not flag(config, "compare"):
+        raise pytest.UsageError("--knorm-pin is for comparing; give --knorm-compare too")
     if flag(config, "save") or flag(config, "compare"):
         config.stash[_RUN] = usage(lambda: StoredRun.begin(config))
 

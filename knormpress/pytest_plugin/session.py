@@ -41,7 +41,9 @@ class StoredRun:
         Raises:
             KnormError: entries can't be stored, or stored entries can't be read.
         """
+        from knormpress.compare.decided import pin
         from knormpress.compare.verdicts import read_thresholds
+        from knormpress.records.decisions import decide
         from knormpress.records.history import History
 
         if config.getoption("benchmark_storage", None) is None:
@@ -64,6 +66,10 @@ class StoredRun:
                 f"entries can't be stored in {storage}, which is not a folder; use another --benchmark-storage"
             )
         history = replace(History.read(storage) if compares else History(()), repository=Path.cwd())
+        decision = pin(history, setting(config, "pin")) if compares and setting(config, "pin") else None
+        if decision is not None:
+            decide(storage, decision)
+            history = replace(history, decisions=(*history.decisions, decision))
         return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
 
     def thresholds_of(self, item: pytest.Item) -> dict[str, float]:
