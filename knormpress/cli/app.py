@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -314,6 +315,32 @@ def report(
     usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _PLAN_FILE))
     notes = write_page(files or [path for path in usual if path.is_file()], storage, output, markdown)
     typer.echo("\n".join(map(str, filter(None, (*notes, output, markdown)))))
+
+
+@app.command()
+def selftest(
+    tests: Annotated[str, typer.Option(help="The arguments for pytest.")] = "tests/perf tests/quality",
+) -> None:
+    """Plant known losses into your own tests, and show which of them would be seen.
+
+    Runs the tests twice without a loss, and then with each one those that measure what it changes, with their gates and
+    thresholds and the noise of this machine. Exits with status 1 if no test sees a loss that some test measures.
+
+    \b
+    Examples:
+      knormpress selftest
+      knormpress selftest --tests "tests/perf/test_it.py --knorm-keep-ratios 0.5 --knorm-samples 4"
+    """
+    from knormpress.cli.selftest import selftest as run
+
+    blind, indent = False, " " * 13
+    for found in run(tests, lambda text: typer.echo(f"selftest: {text}", err=True)):
+        blind |= found.word == "blind"
+        typer.echo(f"{found.word:13}{found.loss}")
+        for test, why in found.why.items():
+            typer.echo(textwrap.fill(f"{test}: {why or 'passed'}", 80, initial_indent=indent, subsequent_indent=indent))
+    if blind:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from knormpress.records.schema import Entry
 
 __all__ = ["StoredRun"]
+
+_RUN_OF_WORKER = "knorm_run"
+_FROM_WORKER = "knorm"
 
 
 @dataclass
@@ -50,11 +53,6 @@ class StoredRun:
             raise KnormError(
                 "runs are stored in pytest-benchmark's storage, but that plugin is off; leave -p no:benchmark out"
             )
-        # One process would store the half of a run that it was given, and miss the tests of the others.
-        if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
-            raise KnormError(
-                "--knorm-save and --knorm-compare store the run of one process; leave -n and --dist out (pytest-xdist)"
-            )
         kind, separator, place = str(config.getoption("benchmark_storage")).partition("://")
         # A test may change the current folder.
         storage = Path(place if separator else kind).absolute()
@@ -70,7 +68,33 @@ class StoredRun:
         if decision is not None:
             decide(storage, decision)
             history = replace(history, decisions=(*history.decisions, decision))
-        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+        # The workers of pytest-xdist add to the run of the process that started them.
+        name = getattr(config, "workerinput", {}).get(_RUN_OF_WORKER) or uuid.uuid4().hex
+        return cls(name, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+
+    def told_to(self, node: Any) -> None:
+        """Give a worker of pytest-xdist, which is about to start, the name of this run."""
+        node.workerinput[_RUN_OF_WORKER] = self.name
+
+    def report(self, output: dict[str, Any]) -> None:
+        """In a worker: leave in ``output`` what the process that started it can't know."""
+        from pydantic import TypeAdapter
+
+        from knormpress.compare.verdicts import Verdict
+
+        verdicts = TypeAdapter(list[Verdict]).dump_python(self.verdicts)
+        output[_FROM_WORKER] = {"verdicts": verdicts, "collected": [*self.collected], "deselected": [*self.deselected]}
+
+    def gather(self, output: dict[str, Any]) -> None:
+        """Take over what a worker reported; one that crashed has no report."""
+        from pydantic import TypeAdapter
+
+        from knormpress.compare.verdicts import Verdict
+
+        told = output.get(_FROM_WORKER, {"verdicts": [], "collected": [], "deselected": []})
+        self.verdicts += TypeAdapter(list[Verdict]).validate_python(told["verdicts"])
+        self.collected |= {*told["collected"]}
+        self.deselected |= {*told["deselected"]}
 
     def thresholds_of(self, item: pytest.Item) -> dict[str, float]:
         """The thresholds from the marks of ``item``, where the closest mark wins; the options set the rest."""
