@@ -98,11 +98,16 @@ def _run(tests: str, storage: Path, loss: str | None, only: list[str] | None, ho
     own += [how, "--knorm-pin=", f"--benchmark-storage=file://{storage}", "-p", "no:cacheprovider", "-q", "--tb=line"]
     # Tests that compute side by side can't be timed.
     own += ["-n", "0"] if importlib.util.find_spec("xdist") else []
-    # Without git no run counts as one of uncommitted changes, and the newest runs are the reference.
-    environment = {**os.environ, "GIT_DIR": os.devnull}
-    command = [sys.executable, "-m", "pytest", *shlex.split(tests), *own]
-    status = subprocess.run(command, env=environment, stdout=_STDERR, check=False).returncode
+    status = _pytest([*shlex.split(tests), *own])
     if status not in (_PASSED, _TESTS_FAILED):
         raise KnormError(f"pytest ended with status {status}; see its output above, and correct --tests")
     found: _Outcomes = json.loads(outcomes.read_text(encoding="utf-8"))
     return found
+
+
+def _pytest(arguments: list[str]) -> int:
+    # Without git no run counts as one of uncommitted changes, and the newest runs are the reference.
+    environment = {**os.environ, "GIT_DIR": os.devnull}
+    command = [sys.executable, "-m", "pytest", *arguments]
+    # stdout is only for what was noticed.
+    return subprocess.run(command, env=environment, stdout=_STDERR, check=False).returncode

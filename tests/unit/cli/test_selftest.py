@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,16 +34,15 @@ def test_broken(knorm_gate, knorm_method):
 def options(pytester: pytest.Pytester, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The arguments for pytest, which is run here: a process for each run takes its time to import torch."""
 
-    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[1:3] == ["-m", "pytest"]
+    def run(arguments: list[str]) -> int:
         with monkeypatch.context() as patched:
-            patched.setenv("GIT_DIR", env["GIT_DIR"])
-            return subprocess.CompletedProcess(command, int(pytester.runpytest_inprocess(*command[3:]).ret))
+            patched.setenv("GIT_DIR", os.devnull)
+            return int(pytester.runpytest_inprocess(*arguments).ret)
 
-    monkeypatch.setattr(selftest.subprocess, "run", run)
+    monkeypatch.setattr(selftest, "_pytest", run)
     monkeypatch.chdir(pytester.path)
     given = {"model": model_folder, "corpus": model_folder / "text.txt", "device": "cpu", "prune_after": 16}
-    given |= {"samples": 2, "keep_ratios": "0.5"}
+    given |= {"samples": 2, "keep_ratios": "0.5", "ppl_tolerance": "1e6"}
     return shlex.join(f"--knorm-{name.replace('_', '-')}={value}" for name, value in given.items())
 
 
