@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from knormpress.records.schema import Entry, Record
     from knormpress.tune.search import Targets
 
-__all__ = ["Stopped", "judge_runs", "measure_cells", "run_tasks", "search_plan", "write_page"]
+__all__ = ["Stopped", "accept_loss", "judge_runs", "measure_cells", "run_tasks", "search_plan", "write_page"]
 
 
 class Stopped(Exception):
@@ -184,6 +184,24 @@ def judge_runs(
         faults = measure_in_turn(*commits, shlex.split(tests), storage, lambda text: typer.echo(text, err=True))
     history = History.read(storage).without(before)
     return judge_commits(history, *commits, thresholds), list(history.notes), faults
+
+
+def accept_loss(test: str, metric: str, why: str, storage: Path, thresholds: str) -> Iterator[str]:
+    """Store what ``compare.decided.accept`` decides; yields a line for each test.
+
+    Args:
+        test, metric, why: see ``compare.decided.accept``.
+        storage: the folder of the stored runs.
+        thresholds: see ``verdicts.read_thresholds``.
+    """
+    from knormpress.compare.decided import accept
+    from knormpress.compare.verdicts import read_thresholds
+    from knormpress.records.decisions import decide
+    from knormpress.records.history import History
+
+    for one in accept(History.read(storage), test, metric, why, read_thresholds(thresholds)):
+        decide(storage, one)
+        yield f"accepted: {metric} of {one.entry.test}, {one.before} -> {one.now}"
 
 
 def write_page(files: Sequence[Path], storage: Path, page: Path, markdown: Path | None) -> Sequence[str]:

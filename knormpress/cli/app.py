@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from knormpress.cli.actions import Stopped, judge_runs, measure_cells, run_tasks, search_plan, write_page
+from knormpress.cli.actions import Stopped, accept_loss, judge_runs, measure_cells, run_tasks, search_plan, write_page
 from knormpress.cli.options import Cost, Fresh, Json, Output, Quick, number, taking
 from knormpress.errors import KnormError
 from knormpress.files import room_for, writing
@@ -41,6 +42,7 @@ Options may have dashes or underscores: --keep-ratios and --keep_ratios are the 
     },
 )
 
+Storage = Annotated[Path, typer.Option(help="pytest-benchmark's storage, which holds the stored runs.")]
 _RESULTS = Path("results")
 _SWEEP_FILE = "results.jsonl"
 _BASELINE_FILE = "baseline.jsonl"
@@ -325,6 +327,48 @@ def lm_eval(
 
 
 @app.command()
+def accept(
+    test: Annotated[str, typer.Argument(help="The test's id; or a function or file, for all its tests that lost.")],
+    metric: Annotated[str, typer.Argument(help="The metric that lost, as in its verdict.")],
+    why: Annotated[str, typer.Option(help="The reason, for those who read the next reports.")],
+    storage: Storage = Path(".benchmarks"),
+    thresholds: Annotated[str, typer.Option(help="Allowed losses in %, such as tpot=5,bytes=0.5.")] = "",
+) -> None:
+    """Accept what a test's newest stored run lost.
+
+    Later runs are compared with the accepted level, for this metric alone. Who accepted it, when and why is kept in the
+    history, and every later report shows it.
+
+    \b
+    Example:
+      knormpress accept "tests/perf/test_it.py::test_bytes[cpu-0.9]" bytes --why "positions take 4 bytes a token more"
+    """
+    for line in accept_loss(test, metric, why, storage, thresholds):
+        typer.echo(line)
+
+
+@app.command()
+def rename(
+    old: Annotated[str, typer.Argument(help="The earlier id of a test, or name of a function or file of tests.")],
+    new: Annotated[str, typer.Argument(help="The present one.")],
+    storage: Storage = Path(".benchmarks"),
+) -> None:
+    """Let a renamed test keep its stored runs.
+
+    \b
+    Examples:
+      knormpress rename tests/perf/test_it.py::test_size tests/perf/test_it.py::test_bytes
+      knormpress rename tests/test_perf.py tests/perf/test_it.py
+    """
+    from knormpress.compare.decided import rename as renaming
+    from knormpress.records.decisions import decide
+    from knormpress.records.history import History
+
+    decide(storage, renaming(History.read(storage), old, new))
+    typer.echo(f"the stored runs of {old} are those of {new} from now on")
+
+
+@app.command()
 def report(
     files: Annotated[
         list[Path] | None,
@@ -346,6 +390,32 @@ def report(
     usual = (_RESULTS / name for name in (_SWEEP_FILE, _BASELINE_FILE, _TASKS_FILE, _PLAN_FILE))
     notes = write_page(files or [path for path in usual if path.is_file()], storage, output, markdown)
     typer.echo("\n".join(map(str, filter(None, (*notes, output, markdown)))))
+
+
+@app.command()
+def selftest(
+    tests: Annotated[str, typer.Option(help="The arguments for pytest.")] = "tests/perf tests/quality",
+) -> None:
+    """Plant known losses into your own tests, and show which of them would be seen.
+
+    Runs the tests twice without a loss, and then with each one those that measure what it changes, with their gates and
+    thresholds and the noise of this machine. Exits with status 1 if no test sees a loss that some test measures.
+
+    \b
+    Examples:
+      knormpress selftest
+      knormpress selftest --tests "tests/perf/test_it.py --knorm-keep-ratios 0.5 --knorm-samples 4"
+    """
+    from knormpress.cli.selftest import selftest as run
+
+    blind, indent = False, " " * 13
+    for found in run(tests, lambda text: typer.echo(f"selftest: {text}", err=True)):
+        blind |= found.word == "blind"
+        typer.echo(f"{found.word:13}{found.loss}")
+        for test, why in found.why.items():
+            typer.echo(textwrap.fill(f"{test}: {why or 'passed'}", 80, initial_indent=indent, subsequent_indent=indent))
+    if blind:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from knormpress.compare.verdicts import Verdict, Word, judge, machine_class
+from knormpress.compare.verdicts import Finding, Verdict, Word, judge, machine_class, summed
 from knormpress.errors import KnormError
 from knormpress.records.git import ancestors, is_shallow
 from knormpress.records.history import History, shortened
@@ -21,15 +23,83 @@ def judge_entries(
 ) -> Verdict:
     """Judge entries of one test at one commit, compared with the nearest ancestor commit that has data.
 
+    A loss since the pinned commit fails too. What was accepted takes the place of what is older, for its metric alone.
+
     Args:
         history: the stored runs.
         now: the entries, oldest first; they may be in ``history`` too.
         thresholds: see ``verdicts.THRESHOLDS``.
-        base: the commit to compare with, instead of the nearest ancestor.
+        base: the commit to compare with, instead of the nearest ancestor and the pinned commit.
 
     Raises:
         KnormError: the clone is shallow, and the reference may be at a commit that it lacks.
     """
+    last = now[-1]
+    reference = _reference(history, now, base)
+    pinned = None if base or history.pinned == last.environment.git_commit else history.pinned
+    accepted = [one for one in history.accepted if one.entry.test == last.test and not _difference(one.entry, last)]
+    verdict = reference.judge(now, thresholds)
+    if not pinned and not accepted:
+        return verdict
+    findings = {finding.metric: finding for finding in verdict.findings}
+    notes = [reference.reason]
+    since: dict[str, tuple[Finding, str]] = {}
+    if pinned:
+        pin = _reference(history, now, pinned)
+        judged = pin.judge(now, thresholds)
+        since = {finding.metric: (finding, f"since the pinned {pinned[:12]}") for finding in judged.findings}
+        notes += [] if pin.entries else [f"not compared with the pinned {pinned[:12]}: {judged.reason}"]
+    distance = _distances(last, history.repository)
+    for one in sorted(accepted, key=lambda one: distance(one.entry), reverse=True):
+        level = next((f for f in judge([one.entry], now, thresholds, "").findings if f.metric == one.metric), None)
+        if level is None or level.word == "incomparable" or distance(one.entry) == math.inf:
+            continue
+        where = (one.entry.environment.git_commit or "no commit")[:12]
+        if distance(one.entry) <= distance(reference.nearest):
+            findings[one.metric] = level
+            notes.append(f"{one.metric} as accepted at {where} by {one.who}: {one.why}")
+        if not pinned or distance(one.entry) <= distance(pin.nearest):
+            since[one.metric] = level, f"since it was accepted at {where}"
+    for metric, (finding, when) in since.items():
+        if finding.word == "regressed" and (metric not in findings or findings[metric].word != "regressed"):
+            findings[metric] = replace(finding, reason=f"{finding.reason}, {when}")
+    reason = "; ".join(notes)
+    return summed(last.test, tuple(findings.values()), reason) if findings else replace(verdict, reason=reason)
+
+
+def _distances(now: Entry, repository: Path | None) -> Callable[[Entry | None], float]:
+    """How many commits back an entry is; infinite if ``now`` does not come from its commit, 0 without git."""
+    commit = now.environment.git_commit
+    place = {} if commit is None else {one: number for number, one in enumerate(ancestors(commit, repository))}
+
+    def distance(entry: Entry | None) -> float:
+        if entry is None:
+            return math.inf
+        return 0 if commit is None else place.get(entry.environment.git_commit or "", math.inf)
+
+    return distance
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The entries to compare with, and what is said of them; or none, the word for that, and the reason."""
+
+    entries: Sequence[Entry]
+    reason: str
+    word: Word = "no-baseline"
+
+    @property
+    def nearest(self) -> Entry | None:
+        return self.entries[-1] if self.entries else None
+
+    def judge(self, now: Sequence[Entry], thresholds: Mapping[str, float]) -> Verdict:
+        if not self.entries:
+            return Verdict(now[-1].test, self.word, self.reason)
+        return judge(self.entries, now, thresholds, self.reason)
+
+
+def _reference(history: History, now: Sequence[Entry], base: str | None) -> _Reference:
+    """The newest runs of ``base``, or of the nearest ancestor commit that has data."""
     last = now[-1]
     runs = {entry.run for entry in now}
     others = [entry for entry in history.entries if entry.run not in runs]
@@ -37,23 +107,20 @@ def judge_entries(
     if not same_test:
         if last.test in history.outdated:
             version = history.outdated[last.test]
-            return _none(
-                last,
-                "incomparable",
-                f"stored with schema version {version}, wanted {SCHEMA_VERSION}: measure the reference again",
-            )
+            reason = f"stored with schema version {version}, wanted {SCHEMA_VERSION}: measure the reference again"
+            return _Reference((), reason, "incomparable")
         if others:
-            return _none(last, "new", "other tests have stored runs, this one has none")
-        return _none(last, "no-baseline", "nothing is stored yet")
+            return _Reference((), "other tests have stored runs, this one has none", "new")
+        return _Reference((), "nothing is stored yet")
     sound = [entry for entry in same_test if _is_sound(entry)]
     if not sound:
-        return _none(last, "no-baseline", f"all {len(same_test)} earlier runs failed, regressed or were dirty")
+        return _Reference((), f"all {len(same_test)} earlier runs failed, regressed or were dirty")
     comparable = [entry for entry in sound if not _difference(entry, last)]
     if not comparable:
-        return _none(last, "incomparable", _difference(sound[-1], last))
+        return _Reference((), _difference(sound[-1], last), "incomparable")
     reachable, note = _reachable(comparable, last, base, history.repository)
     if not reachable:
-        return _none(last, "no-baseline", note)
+        return _Reference((), note)
     machine = machine_class(last.environment)
     same_machine = [entry for entry in reachable if machine_class(entry.environment) == machine]
     chosen = same_machine or reachable
@@ -68,7 +135,7 @@ def judge_entries(
     where = "" if same_machine else _elsewhere(machine, machine_class(nearest.environment))
     commit = (nearest.environment.git_commit or "no commit")[:12]
     runs_of = "" if len(pooled) == 1 else f", {len(pooled)} runs"
-    return judge(pooled, now, thresholds, f"against {commit}{where}{runs_of}{note}")
+    return _Reference(pooled, f"against {commit}{where}{runs_of}{note}")
 
 
 def _elsewhere(machine: Mapping[str, object], other: Mapping[str, object]) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "judge",
     "machine_class",
     "read_thresholds",
+    "summed",
     "worst",
 ]
 
@@ -115,9 +116,14 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
     findings += _tasks(before[-1], now[-1], thresholds)
     if not findings:
         return Verdict(now[-1].test, "incomparable", f"{reason}, without a figure in common")
+    return summed(now[-1].test, findings, reason)
+
+
+def summed(test: str, findings: Sequence[Finding], reason: str) -> Verdict:
+    """The verdict on ``test`` from the findings on its metrics; ``reason`` names the reference."""
     word = worst([finding.word for finding in findings if finding.word != "incomparable"] or ["incomparable"])
     reasons = [f"{f.metric} {f.reason}" for f in findings if f.word in (word, "incomparable") and f.reason]
-    return Verdict(now[-1].test, word, "; ".join([*reasons, reason]), tuple(findings))
+    return Verdict(test, word, "; ".join([*reasons, reason]), tuple(findings))
 
 
 def read_thresholds(text: str, others: Mapping[str, float] = THRESHOLDS) -> dict[str, float]:

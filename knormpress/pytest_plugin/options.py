@@ -59,6 +59,7 @@ OPTIONS = {
         _shared("method"),
         _shared("precision"),
         _shared("seconds"),
+        Option("pin", "", "Commit that --knorm-compare also compares with, now and later; none ends that.", str),
         Option("thresholds", "", "Losses in % that --knorm-compare allows, such as tpot=5,bytes=0.5.", str),
     )
 }

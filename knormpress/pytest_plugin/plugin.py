@@ -82,6 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marker, and read the stored runs before anything is measured."""
     warn_of_other_settings(config)
     config.addinivalue_line("markers", "knorm_thresholds(**percent): losses that --knorm-compare allows in this test")
+    if config.getoption("--knorm-pin") and not flag(config, "compare"):
+        raise pytest.UsageError("--knorm-pin is for comparing; give --knorm-compare too")
     if flag(config, "save") or flag(config, "compare"):
         config.stash[_RUN] = usage(lambda: StoredRun.begin(config))
 
@@ -161,6 +163,8 @@ def _knorm_measured(
 
 @pytest.fixture
 def _knorm_benchmark(request: pytest.FixtureRequest) -> Any:
+    if hasattr(request.config, "workerinput"):
+        pytest.fail("knorm_latency times nothing beside other tests; run it without -n and --dist", pytrace=False)
     if not request.config.pluginmanager.hasplugin("benchmark"):
         pytest.fail("knorm_latency needs pytest-benchmark, which is off; leave -p no:benchmark out", pytrace=False)
     return request.getfixturevalue("benchmark")
@@ -315,6 +319,29 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
         run = item.config.stash.get(_RUN, None)
         if run is not None:
             run.deselected.add(item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker of pytest-xdist the name of the run."""
+    run = node.config.stash.get(_RUN, None)
+    if run is not None:
+        run.told_to(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Gather the verdicts of a worker."""
+    run = node.config.stash.get(_RUN, None)
+    if run is not None:
+        run.gather(getattr(node, "workeroutput", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker: hand over its verdicts."""
+    run = session.config.stash.get(_RUN, None)
+    if run is not None and hasattr(session.config, "workeroutput"):
+        run.report(session.config.workeroutput)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

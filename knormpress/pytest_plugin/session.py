@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from knormpress.records.schema import Entry
 
 __all__ = ["StoredRun"]
+
+_RUN_OF_WORKER = "knorm_run"
+_FROM_WORKER = "knorm"
 
 
 @dataclass
@@ -41,17 +44,14 @@ class StoredRun:
         Raises:
             KnormError: entries can't be stored, or stored entries can't be read.
         """
+        from knormpress.compare.decided import pin
         from knormpress.compare.verdicts import read_thresholds
+        from knormpress.records.decisions import decide
         from knormpress.records.history import History
 
         if config.getoption("benchmark_storage", None) is None:
             raise KnormError(
                 "runs are stored in pytest-benchmark's storage, but that plugin is off; leave -p no:benchmark out"
-            )
-        # One process would store the half of a run that it was given, and miss the tests of the others.
-        if hasattr(config, "workerinput") or config.getoption("dist", "no") != "no":
-            raise KnormError(
-                "--knorm-save and --knorm-compare store the run of one process; leave -n and --dist out (pytest-xdist)"
             )
         kind, separator, place = str(config.getoption("benchmark_storage")).partition("://")
         # A test may change the current folder.
@@ -64,7 +64,37 @@ class StoredRun:
                 f"entries can't be stored in {storage}, which is not a folder; use another --benchmark-storage"
             )
         history = replace(History.read(storage) if compares else History(()), repository=Path.cwd())
-        return cls(uuid.uuid4().hex, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+        decision = pin(history, setting(config, "pin")) if compares and setting(config, "pin") else None
+        if decision is not None:
+            decide(storage, decision)
+            history = replace(history, decisions=(*history.decisions, decision))
+        # The workers of pytest-xdist add to the run of the process that started them.
+        name = getattr(config, "workerinput", {}).get(_RUN_OF_WORKER) or uuid.uuid4().hex
+        return cls(name, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+
+    def told_to(self, node: Any) -> None:
+        """Give a worker of pytest-xdist, which is about to start, the name of this run."""
+        node.workerinput[_RUN_OF_WORKER] = self.name
+
+    def report(self, output: dict[str, Any]) -> None:
+        """In a worker: leave in ``output`` what the process that started it can't know."""
+        from pydantic import TypeAdapter
+
+        from knormpress.compare.verdicts import Verdict
+
+        verdicts = TypeAdapter(list[Verdict]).dump_python(self.verdicts)
+        output[_FROM_WORKER] = {"verdicts": verdicts, "collected": [*self.collected], "deselected": [*self.deselected]}
+
+    def gather(self, output: dict[str, Any]) -> None:
+        """Take over what a worker reported; one that crashed has no report."""
+        from pydantic import TypeAdapter
+
+        from knormpress.compare.verdicts import Verdict
+
+        told = output.get(_FROM_WORKER, {"verdicts": [], "collected": [], "deselected": []})
+        self.verdicts += TypeAdapter(list[Verdict]).validate_python(told["verdicts"])
+        self.collected |= {*told["collected"]}
+        self.deselected |= {*told["deselected"]}
 
     def thresholds_of(self, item: pytest.Item) -> dict[str, float]:
         """The thresholds from the marks of ``item``, where the closest mark wins; the options set the rest."""

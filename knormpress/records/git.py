@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import subprocess
 from pathlib import Path
 
 from knormpress.errors import KnormError
 
-__all__ = ["ancestors", "git", "head", "is_dirty", "is_shallow", "tree"]
+__all__ = ["ancestors", "git", "head", "is_dirty", "is_shallow", "tree", "user"]
 
 
 def git(*arguments: str, folder: Path | None = None) -> str | None:
@@ -25,6 +26,12 @@ def git(*arguments: str, folder: Path | None = None) -> str | None:
 def head() -> str | None:
     """The commit that is checked out in the current directory's repository; None outside of a repository."""
     return git("rev-parse", "HEAD")
+
+
+def user() -> str:
+    """Who works here: as git writes it into commits, else the name of the login."""
+    name, email = git("config", "user.name"), git("config", "user.email")
+    return f"{name} <{email}>" if name and email else name or getpass.getuser()
 
 
 @functools.cache

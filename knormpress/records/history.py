@@ -1,7 +1,7 @@
 """The stored runs of pytest.
 
-Entries are in the folder ``knormpress`` of pytest-benchmark's storage (``.benchmarks``), one JSON Lines file per run,
-so that two processes never write to the same file. Entries in pytest-benchmark's own files are read too.
+Entries are in the folder ``knormpress`` of pytest-benchmark's storage (``.benchmarks``), one JSON Lines file per run.
+Entries in pytest-benchmark's own files are read too. What people decided about the runs is in ``records.decisions``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from knormpress.errors import KnormError
+from knormpress.records.decisions import Acceptance, Decision, Pin, current_name, read_decisions
 from knormpress.records.jsonl import append_record, parse_entry
 from knormpress.records.schema import SCHEMA_VERSION, Entry
 
@@ -41,20 +42,34 @@ class History:
         outdated: node ids of tests with entries of another schema version, and that version.
         notes: messages about files that were skipped.
         repository: a folder in the repository of the commits; the current directory unless given.
+        decisions: see ``records.decisions``.
     """
 
     entries: tuple[Entry, ...]
     outdated: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     repository: Path | None = None
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def pinned(self) -> str | None:
+        """The commit that all runs are compared with, beside their ancestors; None if there is none."""
+        pins = (decision.commit for decision in reversed(self.decisions) if isinstance(decision, Pin))
+        return next(pins, None)
+
+    @property
+    def accepted(self) -> tuple[Acceptance, ...]:
+        """The accepted losses, oldest first."""
+        return tuple(decision for decision in self.decisions if isinstance(decision, Acceptance))
 
     @classmethod
     def read(cls, storage: Path) -> History:
-        """Read every entry in the folder ``storage``, which may be missing.
+        """Read every entry and decision in the folder ``storage``, which may be missing.
 
         Raises:
             KnormError: a file is not complete JSON. It is not skipped, since it may hold the reference run.
         """
+        decisions = read_decisions(storage)
         entries: dict[tuple[str, str], Entry] = {}
         outdated: dict[str, object] = {}
         notes: list[str] = []
@@ -84,7 +99,8 @@ class History:
                 if line.strip():
                     add(_parse(line, f"{path} line {number}"), f"{path} line {number}")
         oldest_first = sorted(entries.values(), key=lambda entry: entry.created)
-        return cls(tuple(oldest_first), outdated, tuple(notes))
+        named = [entry.model_copy(update={"test": current_name(entry, decisions)}) for entry in oldest_first]
+        return cls(tuple(named), outdated, tuple(notes), decisions=decisions)
 
     def without(self, runs: Collection[str]) -> History:
         """The history without the entries of ``runs``."""

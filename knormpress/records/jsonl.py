@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from knormpress.errors import KnormError
 from knormpress.files import replacing
+from knormpress.records.figures import Strict
 from knormpress.records.schema import SCHEMA_VERSION, Entry, Record
 
 __all__ = ["append_record", "fault", "parse_entry", "read_entries", "read_records"]
 
 
-def append_record(path: Path, record: Record | Entry) -> None:
+def append_record(path: Path, record: Strict) -> None:
     """Add ``record`` as one line to the JSON Lines file ``path``.
 
     If the process is killed, the file has either its old or its new contents. Processes that append in the same folder

@@ -10,8 +10,8 @@ from dataclasses import astuple
 from knormpress.records.figures import Speed
 from knormpress.records.history import History
 from knormpress.records.schema import Record
+from knormpress.show.page.followed import FIGURES
 from knormpress.show.page.parts import Block, Download
-from knormpress.show.page.past import FIGURES
 from knormpress.stats.intervals import Change
 
 __all__ = ["downloads"]

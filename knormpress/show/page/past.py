@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 from knormpress.compare.stored import judge_newest
 from knormpress.compare.verdicts import Verdict
 from knormpress.errors import KnormError
-from knormpress.records.figures import Timed
+from knormpress.records.decisions import Pin, Rename
 from knormpress.records.history import History
 from knormpress.records.schema import Entry
+from knormpress.show.page.followed import FIGURES, Figure, tests_of
 from knormpress.show.page.parts import Block, Cell, Chart, Charts, Heading, Statement, Statements, Table, Tone, Words
+from knormpress.show.page.trends import Followed
 from knormpress.show.page.words import interval
 from knormpress.show.pictures.history import Course, draw_history
 from knormpress.show.pictures.style import pretty
 from knormpress.show.verdict_table import count_words, worst_first
 
-__all__ = ["FIGURES", "judge", "past_blocks", "verdict_blocks"]
+__all__ = ["decided_blocks", "judge", "past_blocks", "verdict_blocks"]
 
 _MOST_RUNS = 30
 _TONES: dict[str, Tone] = {"ok": "good", "improved": "good", "regressed": "bad", "missing": "bad", "noise": "unsure"}
@@ -46,12 +46,39 @@ def verdict_blocks(verdicts: Sequence[Verdict], note: str) -> Iterator[Block]:
     tests = "1 test was" if len(verdicts) == 1 else f"{len(verdicts)} tests were"
     yield Words(f"{tests} compared: {count_words(verdicts)}.")
     not_ok = [verdict for verdict in worst_first(verdicts) if verdict.word != "ok"]
-    if not_ok:
-        yield Statements(
-            tuple(
-                Statement(_TONES.get(v.word, "plain"), v.word, f"{v.test}: {_pretty_reason(v.reason)}.") for v in not_ok
-            )
+    told = [Statement(_TONES.get(v.word, "plain"), v.word, f"{v.test}: {_pretty_reason(v.reason)}.") for v in not_ok]
+    if told:
+        yield Statements(tuple(told))
+
+
+def decided_blocks(history: History) -> Iterator[Block]:
+    """The pinned commit, every accepted loss and every new name of a test, with who decided it, when and why."""
+    if history.pinned:
+        pin = next(one for one in reversed(history.decisions) if isinstance(one, Pin))
+        yield Words(f"Pinned: {history.pinned[:12]}, by {pin.who} on {pin.created[:10]}. A loss since then fails too.")
+    rows = [
+        (
+            one.entry.test,
+            one.metric,
+            pretty(one.before),
+            pretty(one.now),
+            one.who,
+            one.created[:10],
+            _commit(one.entry),
+            one.why,
         )
+        for one in history.accepted
+    ]
+    if rows:
+        head = ("Test", "Figure", "Before", "Accepted", "Who", "When", "Commit", "Why")
+        yield Table("Accepted losses", head, tuple(rows), row_heads=2)
+    renamed = [(one.old, one.new, one.who, one.created[:10]) for one in history.decisions if isinstance(one, Rename)]
+    if renamed:
+        yield Table("Renamed tests", ("Before", "Now", "Who", "When"), tuple(renamed), folded=True)
+
+
+def _commit(entry: Entry) -> str:
+    return (entry.environment.git_commit or "no git")[:7]
 
 
 def _pretty_reason(reason: str) -> str:
@@ -59,8 +86,8 @@ def _pretty_reason(reason: str) -> str:
     return reason.replace("..", " to ")
 
 
-def past_blocks(history: History, verdicts: Sequence[Verdict]) -> Iterator[Block]:
-    """Charts of every figure over the newest runs, with regressed points marked, and the same figures as a table."""
+def past_blocks(history: History, verdicts: Sequence[Verdict], followed: Sequence[Followed]) -> Iterator[Block]:
+    """Charts of every figure over the newest runs, with regressed points and steps marked, and tables of the same."""
     if not history.entries:
         return
     if verdicts:
@@ -68,9 +95,11 @@ def past_blocks(history: History, verdicts: Sequence[Verdict]) -> Iterator[Block
     runs = list(dict.fromkeys(entry.run for entry in history.entries))
     if len(runs) > _MOST_RUNS:
         yield Words(f"The newest {_MOST_RUNS} of {len(runs)} runs are shown.")
-    past = _Past.of([entry for entry in history.entries if entry.run in runs[-_MOST_RUNS:]], verdicts)
+    past = _Past(history, verdicts, followed)
     yield Words("The number at a line is the number of its test in the table below.")
     yield Charts(tuple(past.charts()))
+    if followed:
+        yield Followed.table(followed)
     yield past.table()
 
 
@@ -86,80 +115,56 @@ def _judged(verdicts: Sequence[Verdict]) -> Table:
     return Table("The newest run, figure by figure", head, tuple(rows), row_heads=2, folded=True)
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """A figure of a stored entry: a ratio to the full cache of the same run, or a change in %."""
-
-    metric: str
-    title: str
-    label: str
-    level: float
-    of: Callable[[Entry], float]
-
-
 class _Past:
-    """Entries by test and run. A test counts as another test if its method, model, text or conditions change."""
+    """The entries of the newest runs by test, and what regressed; tests have numbers that count all stored runs."""
 
-    def __init__(self, entries: Sequence[Entry], regressed: set[tuple[str, str, str]]) -> None:
-        self.regressed = regressed
-        self.runs = list(dict.fromkeys(entry.run for entry in entries))
-        self.commits = {entry.run: (entry.environment.git_commit or "no git")[:7] for entry in entries}
-        self.tests: dict[object, dict[str, Entry]] = {}
-        for entry in entries:
-            key = (
-                entry.test,
-                entry.model.fingerprint,
-                entry.model.dtype,
-                entry.text.sha256,
-                entry.method,
-                tuple(sorted(entry.conditions.items())),
-            )
-            self.tests.setdefault(key, {})[entry.run] = entry
-
-    @classmethod
-    def of(cls, entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> _Past:
-        regressed = {
-            (entry.run, entry.test, metric)
-            for entry in entries
+    def __init__(self, history: History, verdicts: Sequence[Verdict], followed: Sequence[Followed]) -> None:
+        self.runs = list(dict.fromkeys(entry.run for entry in history.entries))[-_MOST_RUNS:]
+        self.commits = {entry.run: _commit(entry) for entry in history.entries}
+        self.tests = tests_of(history.entries)
+        self.steps = {(one.number, one.figure.metric): one.steps for one in followed}
+        judged = [
+            (entry.run, entry.test, metric, word)
+            for entry in history.entries
             for metric, word in entry.verdicts.items()
-            if word == "regressed"
-        }
-        newest = entries[-1].run
-        for verdict in verdicts:
-            for finding in verdict.findings:
-                if finding.word == "regressed":
-                    regressed.add((newest, verdict.test, finding.metric))
-        return cls(entries, regressed)
+        ]
+        judged += [(self.runs[-1], v.test, finding.metric, finding.word) for v in verdicts for finding in v.findings]
+        self.regressed = {(run, test, metric) for run, test, metric, word in judged if word == "regressed"}
 
     def charts(self) -> Iterator[Chart]:
         for figure in FIGURES:
             courses = []
-            for number, by_run in enumerate(self.tests.values(), start=1):
+            for number, by_run in enumerate(self.tests, start=1):
                 values = [figure.of(by_run[run]) if run in by_run else math.nan for run in self.runs]
                 if any(map(math.isfinite, values)):
                     bad = [at for at, run in enumerate(self.runs) if run in by_run and self._fell(by_run[run], figure)]
-                    courses.append(Course(number, values, bad))
+                    steps = self.steps.get((number, figure.metric), ())
+                    courses.append(
+                        Course(number, values, bad, [at for at, run in enumerate(self.runs) if run in steps])
+                    )
             if courses:
                 drawn = draw_history(courses, [self.commits[run] for run in self.runs], figure.label, figure.level)
                 yield Chart(figure.title, drawn, self._words(figure, courses), themed=True)
 
-    def _fell(self, entry: Entry, figure: _Figure) -> bool:
+    def _fell(self, entry: Entry, figure: Figure) -> bool:
         return (entry.run, entry.test, figure.metric) in self.regressed
 
-    def _words(self, figure: _Figure, courses: Sequence[Course]) -> str:
+    def _words(self, figure: Figure, courses: Sequence[Course]) -> str:
         bad = [
             f"test {course.number} at {self.commits[self.runs[at]]} ({_shown(course.values[at])})"
             for course in courses
             for at in course.regressed
         ]
+        steps = [f"test {course.number} at {self.commits[self.runs[at]]}" for course in courses for at in course.steps]
         return (
             f"{figure.title} of {len(courses)} tests over {len(self.runs)} runs. "
-            f"Regressed: {', '.join(bad) or 'none'}. All values are in the table that follows."
+            f"Regressed: {', '.join(bad) or 'none'}. Steps: {', '.join(steps) or 'none'}. "
+            "All values are in the table that follows."
         )
 
     def table(self) -> Table:
         rows: list[tuple[Cell, ...]] = []
-        for number, by_run in enumerate(self.tests.values(), start=1):
+        for number, by_run in enumerate(self.tests, start=1):
             for run in self.runs:
                 if run not in by_run:
                     continue
@@ -175,38 +180,3 @@ class _Past:
 
 def _shown(value: float) -> str:
     return pretty(f"{value:.3f}") if math.isfinite(value) else "none"
-
-
-def _ratio(name: Timed) -> Callable[[Entry], float]:
-    def figure(entry: Entry) -> float:
-        latency = entry.latency
-        return statistics.median(latency.ratios(name)) if latency is not None and latency.decodes else math.nan
-
-    return figure
-
-
-FIGURES = (
-    _Figure("ttft", "Time to first token over commits", "TTFT / full cache", 1.0, _ratio("ttft")),
-    _Figure("tpot", "Time per output token over commits", "TPOT / full cache", 1.0, _ratio("tpot")),
-    _Figure(
-        "bytes",
-        "Cache bytes over commits",
-        "Bytes / full cache",
-        1.0,
-        lambda e: e.memory.ratio if e.memory else math.nan,
-    ),
-    _Figure(
-        "ppl",
-        "Perplexity over commits",
-        "PPL change (%)",
-        0.0,
-        lambda e: e.quality.ppl_percent if e.quality else math.nan,
-    ),
-    _Figure(
-        "tasks",
-        "Tasks of lm-evaluation-harness over commits",
-        "Right documents (points)",
-        0.0,
-        lambda e: e.lm_eval.change.percent if e.lm_eval else math.nan,
-    ),
-)

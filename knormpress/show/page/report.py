@@ -26,12 +26,14 @@ from knormpress.records.plan import Plan
 from knormpress.records.schema import Entry, Record
 from knormpress.show.page import past, words
 from knormpress.show.page.charts import CHART_STYLE, chart_blocks, inline_svg, is_large, scaling_blocks
+from knormpress.show.page.followed import tests_of
 from knormpress.show.page.markdown import render_markdown
 from knormpress.show.page.numbers import downloads
 from knormpress.show.page.parts import Chart, Charts, Section
 from knormpress.show.page.plans import plan_blocks
 from knormpress.show.page.settings import describe_differences, environment_blocks, families
 from knormpress.show.page.tasks import task_blocks
+from knormpress.show.page.trends import follow, trend_blocks
 from knormpress.show.pictures.style import STYLE
 
 __all__ = ["build_sections", "render_page", "write_report"]
@@ -95,15 +97,21 @@ def build_sections(
     cells = [record for group in group_records(map(sound, records)) for record in group]
     grouped = families(cells)
     verdicts, note = past.judge(history, thresholds)
+    followed = list(follow(tests_of(history.entries)))
     with matplotlib_style.context(["default", STYLE, CHART_STYLE]):
         charts = (*chart_blocks(grouped), *scaling_blocks(cells))
         plan_parts = tuple(plan_blocks(plans))
-        history_blocks = tuple(past.past_blocks(history, verdicts))
+        history_blocks = tuple(past.past_blocks(history, verdicts, followed))
     sections = [
         Section(
             "verdicts",
             "Verdicts",
-            (*past.verdict_blocks(verdicts, note), *words.verdict_blocks(grouped, cells)),
+            (
+                *past.verdict_blocks(verdicts, note),
+                *trend_blocks(followed),
+                *past.decided_blocks(history),
+                *words.verdict_blocks(grouped, cells),
+            ),
         ),
         Section("results", "Results", (*describe_differences(cells), *words.table_blocks(grouped))),
         Section("plans", "A ratio per layer", plan_parts),

@@ -22,15 +22,16 @@ _MOST_LABELS = 6
 
 @dataclass(frozen=True)
 class Course:
-    """One test: its number, a value for each run (NaN if it has none), and the runs in which it regressed."""
+    """One test: its number, a value for each run (NaN if it has none), and the runs where it regressed or stepped."""
 
     number: int
     values: Sequence[float]
     regressed: Collection[int]
+    steps: Collection[int] = ()
 
 
 def draw_history(courses: Sequence[Course], runs: Sequence[str], label: str, level: float) -> Figure:
-    """Draw a line for each test over ``runs``, with its number at its end and rings at regressed points.
+    """Draw a line for each test over ``runs``, with its number at its end, rings at regressed points and bars at steps.
 
     Args:
         courses: the tests, each with at least one finite value.
@@ -47,11 +48,13 @@ def draw_history(courses: Sequence[Course], runs: Sequence[str], label: str, lev
         axes.plot(measured, [course.values[run] for run in measured], look, color=colour, linewidth=1.2, markersize=3.5)
         bad = [run for run in measured if run in course.regressed]
         axes.plot(bad, [course.values[run] for run in bad], "o", markersize=10, markerfacecolor="none", color=RED)
+        steps = [run for run in measured if run in course.steps]
+        axes.plot(steps, [course.values[run] for run in steps], "|", markersize=16, markeredgewidth=1.5, color=colour)
     step = math.ceil(len(runs) / _MOST_LABELS)
     axes.set_xticks(range(0, len(runs), step), [plain(run) for run in runs[::step]])
     axes.set_xlim(-0.5, (len(runs) - 1) * 1.08 + 0.5)
     axes.set_title(label)
-    axes.set_xlabel("commit, oldest first; ringed: regressed")
+    axes.set_xlabel("commit, oldest first; ringed: regressed; bar: a step")
     axes.grid(axis="y")
     axes.margins(y=0.12)
     axes.yaxis.set_major_formatter(lambda value, _: pretty(f"{value:g}"))

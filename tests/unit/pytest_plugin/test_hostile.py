@@ -83,14 +83,6 @@ def test_a_method_of_the_wrong_form_is_told_the_right_one(run: Run, method: str,
     result.stdout.fnmatch_lines([f"*KnormError: hostile_methods.{method}*{said}"])
 
 
-def test_half_a_run_is_not_stored(run: Run) -> None:
-    refused(run(ONE, "--knorm-save", "-n", "2"), "--knorm-save", "-n")
-
-
-def test_half_a_run_is_not_stored_however_the_workers_are_named(run: Run) -> None:
-    refused(run(ONE, "--knorm-save", "-d", "--tx", "2*popen"), "--knorm-save", "-n")
-
-
 def test_nothing_is_stored_without_pytest_benchmark(run: Run) -> None:
     refused(run(ONE, "--knorm-save", "-p", "no:benchmark"), "no:benchmark")
 

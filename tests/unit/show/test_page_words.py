@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from knormpress.records.decisions import Acceptance, Pin, Rename
 from knormpress.records.history import History
 from knormpress.records.plan import Plan
 from knormpress.records.schema import Record
@@ -210,6 +211,82 @@ def test_a_regression_that_an_earlier_run_found_stays_marked() -> None:
     assert "(regressed)" not in Report(history=History(tuple(entries)))["history"]
     entries[1] = entries[1].model_copy(update={"verdicts": {"bytes": "regressed"}})
     assert "(regressed)" in Report(history=History(tuple(entries)))["history"]
+
+
+def past(sizes: Sequence[float]) -> History:
+    """A run and a commit for each size of the cache, in % of the first."""
+    entries = []
+    for n, size in enumerate(sizes):
+        entry = make_entry(
+            run=f"r{n}",
+            commit=f"{n:040x}"[::-1],
+            created=f"2026-01-{n + 1:02}",
+            parts=("memory",),
+        )
+        assert entry.memory
+        grown = {"candidate_cache_bytes": round(entry.memory.candidate_cache_bytes * size / 100)}
+        entries.append(entry.model_copy(update={"memory": entry.memory.model_copy(update=grown)}))
+    return History(tuple(entries))
+
+
+def test_a_step_is_dated_and_marked_in_the_chart() -> None:
+    told = Report(history=past([100.0] * 6 + [100.4] * 4))
+    assert (
+        "**step**: tests/test\\_x.py::test\\_x: Bytes / full cache +0.40 % at 6000000 (2026-01-07)" in told["verdicts"]
+    )
+    assert "| +0.40 % at 6000000 (2026-01-07) |" in told["history"]
+    (charts,) = [block for block in told.sections["history"].blocks if isinstance(block, Charts)]
+    (chart,) = charts.charts
+    assert "Steps: test 1 at 6000000." in chart.words
+    bars = [line for line in chart.figure.axes[0].lines if line.get_marker() == "|"]
+    assert [list(line.get_xdata()) for line in bars] == [[6]]  # type: ignore[arg-type]
+
+
+def test_a_creep_is_told_and_a_step_that_was_taken_back_is_not() -> None:
+    creeping = Report(history=past([100 + 0.1 * n for n in range(10)]))
+    assert "**creep**" in creeping["verdicts"]
+    assert "+0.90 % over 10 commits" in creeping["verdicts"]
+    assert "| +0.10 % (+0.10 % to +0.10 %) | none |" in creeping["history"]
+    repaired = Report(history=past([100.0] * 5 + [110.0] * 5 + [100.0] * 5))
+    assert "**step**" not in repaired["verdicts"]
+    assert "+10.00 % at 5000000 (2026-01-06); \N{MINUS SIGN}10.00 % at" in repaired["history"]
+    assert "too few commits" in Report(history=past([100.0] * 6))["history"]
+    assert "Slope" not in Report(history=past([100.0] * 4))["history"]
+
+
+def test_runs_of_one_commit_are_one_point_and_dirty_ones_none() -> None:
+    history = past([100.0] * 5 + [150.0] * 5)
+    again = [one.model_copy(update={"run": f"{one.run}b"}) for one in history.entries[5:]]
+    assert "| 10 |" in Report(history=History((*history.entries, *again)))["history"]
+    dirty = [
+        one.model_copy(update={"environment": one.environment.model_copy(update={"git_dirty": True})})
+        for one in history.entries[5:]
+    ]
+    told = Report(history=History((*history.entries[:5], *dirty)))["history"]
+    assert "| 5 | +0.00 %" in told
+
+
+def test_what_was_decided_is_in_every_report() -> None:
+    history = past([100.0, 110.0])
+    accepted = {
+        "metric": "bytes",
+        "before": "-49 %",
+        "now": "-44 %",
+        "why": "positions are kept",
+        "who": "Ada <a@b.org>",
+    }
+    decisions = (
+        Pin(commit="c" * 40, who="Bob", created="2026-03-01"),
+        Acceptance(entry=history.entries[1], created="2026-03-02", **accepted),
+        Rename(old="t.py::a", new="t.py::b", who="Cleo", created="2026-03-03"),
+    )
+    told = Report(history=History(history.entries, decisions=decisions))["verdicts"]
+    assert "Pinned: cccccccccccc, by Bob on 2026-03-01" in told
+    (row,) = [line for line in told.splitlines() if "positions are kept" in line]
+    for part in ("bytes", "\N{MINUS SIGN}49 %", "Ada &lt;a", "2026-03-02", "1000000"):
+        assert part in row
+    assert "| t.py::a | t.py::b | Cleo | 2026-03-03 |" in told
+    assert "Accepted" not in Report(history=history)["verdicts"]
 
 
 def test_a_test_measured_under_other_conditions_gets_a_line_of_its_own() -> None:
