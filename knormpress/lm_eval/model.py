@@ -99,7 +99,8 @@ class KnormLM(HFLM):  # type: ignore[misc]
     ) -> None:
         if split == "":
             raise KnormError('split is empty; wanted the text that a question begins with, such as "Question:"')
-        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
+        rows = "1" if batch_size is None else str(batch_size)
+        if not rows.isdigit() or int(rows) < 1:
             raise KnormError(f"batch_size is {batch_size!r}; wanted a whole number of at least 1")
         if pretrained is None or isinstance(pretrained, str):
             loaded = load_model(pretrained, device=resolve(device or "auto"), dtype=dtype)
@@ -112,7 +113,7 @@ class KnormLM(HFLM):  # type: ignore[misc]
             method = make_method(method, _press(pretrained, keep_ratio, plan, prune_after, skip_layers))
         self.method, self.split, self.prefill_chunk = method, split, prefill_chunk
         self.contexts, self.pruned = 0, 0
-        self._rows, self._progress = int(batch_size or 1), progress or Progress()
+        self._rows, self._progress = int(rows), progress or Progress()
         self._new_cache: Callable[[], Cache]
         self._is_open = False
         self._held: tuple[tuple[int, ...], Cache] | None = None

@@ -21,7 +21,7 @@ from tests.unit.cli.conftest import Fails, Swept
 ROOT = Path(__file__).parents[3]
 PICTURES = {f"knormpress_{name}.png" for name in ("comprehensive", "summary", "tradeoff", "table")}
 PLAN_PICTURES = [f"knormpress_{name}.png" for name in ("frontier", "sensitivities", "kept")]
-COMMANDS = [str(command.callback.__name__) for command in app.registered_commands if command.callback]
+COMMANDS = [command.name or str(command.callback.__name__) for command in app.registered_commands if command.callback]
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -194,6 +194,7 @@ class TestRefused:
             ({"plan": "auto"}, "no plan comes with KnormPress for this LlamaForCausalLM"),
             ({"keep_ratio": 0.5, "split": ""}, "split is empty"),
             ({"keep_ratio": 0.5, "batch_size": "auto"}, "batch_size is 'auto'"),
+            ({"keep_ratio": 0.5, "batch_size": 0}, "batch_size is 0"),
         ],
     )
     def test_options(self, loaded: dict[str, Any], options: dict[str, Any], message: str) -> None:
