@@ -169,8 +169,11 @@ class Session:
 
 SESSIONS: Mapping[str, Session] = {
     "quiet: pairs 1.5 %, processes 0.5 %": Session(replace(MACHINES["normal, 1.5 %"], most=6), processes=0.5),
+    "quiet, against three stored sessions": Session(
+        replace(MACHINES["normal, 1.5 %"], most=6), stored=3, processes=0.5
+    ),
     "pairs 4 %, processes 1 %": Session(MACHINES["normal, 4 %"]),
-    "the same, at most 8 pairs": Session(MACHINES["normal, 4 %, at most 8 pairs"]),
+    "pairs 4 %, at most 8, processes 1 %": Session(MACHINES["normal, 4 %, at most 8 pairs"]),
     "the same, against three stored sessions": Session(MACHINES["normal, 4 %, at most 8 pairs"], stored=3),
     "Student's t, 2 degrees of freedom, processes 1 %": Session(MACHINES["Student's t, 2 degrees of freedom"]),
     "a run in ten much slower, processes 1 %": Session(MACHINES["a run in ten much slower"]),

@@ -6,16 +6,17 @@ Absolute times are only compared between equal machines that ran at equal speed.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Literal, TypeAlias, get_args
 
 from knormpress.errors import KnormError
-from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Cost, Counted, Latency, Phase, Quality, Timed
+from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Cost, Counted, Latency, Phase, Quality, Run, Timed
 from knormpress.records.retrieval import Item
 from knormpress.records.schema import Entry, Environment
 from knormpress.stats.intervals import LEAST_PROCESSES, Change, between_processes, percent, ratio_of_ratios
@@ -203,19 +204,22 @@ def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[
         figures |= {"tpot": 1.0, "throughput": -1.0}
     findings = []
     for name, worse in figures.items():
-        ratios = [_by_run(side, lambda latency, name=name: latency.ratios(name)) for side in (before, now)]
+        ratios = [_by_run(side, methodcaller("ratios", name)) for side in (before, now)]
         shown = _pair(f"x{statistics.median(chain.from_iterable(side)):.3f}" for side in ratios)
         findings.append(_timing(name, shown, ratios, worse, thresholds[name]))
     reason = _why_not_absolute(before, now)
     for name in [name for name in ("ttft", "tpot") if name in figures]:
-        figure = attrgetter(f"{name}_s")
-        times = [_by_run(side, lambda latency, figure=figure: map(figure, latency.candidate)) for side in (before, now)]
+        times = [_by_run(side, functools.partial(_times, attrgetter(f"{name}_s"))) for side in (before, now)]
         shown = _pair(f"{statistics.median(chain.from_iterable(side)) * 1e3:.1f} ms" for side in times)
         if reason:
             findings.append(Finding(f"{name}_s", "incomparable", shown, None, reason))
         else:
             findings.append(_timing(f"{name}_s", shown, times, 1.0, thresholds[f"{name}_s"]))
     return findings
+
+
+def _times(figure: Callable[[Run], float], latency: Latency) -> list[float]:
+    return [figure(run) for run in latency.candidate]
 
 
 def _by_run(entries: Sequence[Entry], figures: Callable[[Latency], Iterable[float]]) -> list[list[float]]:

@@ -109,7 +109,7 @@ def between_processes(before: Sequence[ArrayLike], after: Sequence[ArrayLike]) -
 
     Its interval is Student's, with the spread of the processes of both sides. Fewer than 4 processes give no interval.
     """
-    first, second = (np.log([np.median(one) for one in side]) for side in (before, after))
+    first, second = (np.log([np.median(np.asarray(one)) for one in side]) for side in (before, after))
     middle = percent(math.exp(float(np.mean(second) - np.mean(first))))
     freedom = len(first) + len(second) - 2
     if len(first) + len(second) < LEAST_PROCESSES:
