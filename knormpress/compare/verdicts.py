@@ -6,18 +6,20 @@ Absolute times are only compared between equal machines that ran at equal speed.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Literal, TypeAlias, get_args
 
 from knormpress.errors import KnormError
-from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Cost, Counted, Phase, Quality, Timed
+from knormpress.records.figures import ROUNDING_KL, SPEED_MOVED, Cost, Counted, Latency, Phase, Quality, Run, Timed
 from knormpress.records.retrieval import Item
 from knormpress.records.schema import Entry, Environment
-from knormpress.stats.intervals import Change, percent, ratio_of_ratios
+from knormpress.stats.intervals import LEAST_PROCESSES, Change, between_processes, percent, ratio_of_ratios
 from knormpress.stats.perplexity import ppl_change, too_few
 from knormpress.stats.shares import share_of
 
@@ -26,9 +28,11 @@ __all__ = [
     "Finding",
     "Verdict",
     "Word",
+    "confirmed",
     "judge",
     "machine_class",
     "read_thresholds",
+    "slower",
     "summed",
     "worst",
 ]
@@ -60,6 +64,13 @@ THRESHOLDS: Mapping[str, float] = {
 ``tasks`` is in points of the share of right documents of lm-evaluation-harness.
 """
 
+# A disturbance can change them.
+_TIMED = frozenset({"ttft", "tpot", "throughput", "ttft_s", "tpot_s"})
+
+# A session decides on many timed metrics, and the interval of one process leaves out how processes differ. So it takes
+# more than 95 % to fail a test: the most that 6 pairs against 6 can tell.
+_SURE = 0.9975
+
 # More than these are counted in the reason; the report has all of them.
 _LISTED = 6
 
@@ -88,12 +99,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One test: the worst word of the metrics that can be compared, or the reason why none can."""
+    """One test: the worst word of the metrics that can be compared, or the reason why none can.
+
+    ``basis`` is the end of the reason, which says what was compared.
+    """
 
     test: str
     word: Word
     reason: str
     findings: tuple[Finding, ...] = ()
+    basis: str = ""
 
 
 def worst(words: Sequence[Word]) -> Word:
@@ -105,7 +120,9 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
     """Compare entries of one test with its reference entries; the code is the same within each side.
 
     Args:
-        before, now: at least one entry each, oldest first. Timings are pooled; for other figures the newest is used.
+        before, now: at least one entry each, oldest first. Timings are those of all of them; for other figures the
+            newest is used. With 4 runs in all, a timing's interval is that between their processes. Fewer can't show
+            how processes differ: then it is that of the pairs, and the reason says so.
         thresholds: see ``THRESHOLDS``.
         reason: names the reference.
     """
@@ -116,14 +133,40 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
     findings += _tasks(before[-1], now[-1], thresholds)
     if not findings:
         return Verdict(now[-1].test, "incomparable", f"{reason}, without a figure in common")
-    return summed(now[-1].test, findings, reason)
+    return summed(now[-1].test, findings, _limit(before, now) + reason)
 
 
-def summed(test: str, findings: Sequence[Finding], reason: str) -> Verdict:
-    """The verdict on ``test`` from the findings on its metrics; ``reason`` names the reference."""
+def slower(verdict: Verdict) -> set[str]:
+    """The timed metrics that regressed, which must be measured once more before they fail a test."""
+    return {finding.metric for finding in verdict.findings if finding.word == "regressed"} & _TIMED
+
+
+def confirmed(first: Verdict, second: Verdict) -> Verdict:
+    """The verdict on a test that was measured once more, since a timed metric regressed in the ``first`` measurement.
+
+    It is that of the ``second``, but a timed metric regressed only if it did so in both. The reason shows both changes.
+    """
+    earlier = {finding.metric: finding for finding in first.findings}
+    alarms = slower(first) | slower(second)
+    once = slower(second) - slower(first)
+    findings, shown = [], []
+    for finding in second.findings:
+        if finding.metric in alarms:
+            both = (earlier[finding.metric].change, finding.change)
+            changes = [f"{change} ({change.interval})" for change in both if change is not None]
+            shown.append(f"{finding.metric} {', then '.join(changes)}")
+        if finding.metric in once:
+            findings.append(replace(finding, word="noise", reason=f"{finding.reason}: in one of two measurements"))
+        else:
+            findings.append(finding)
+    return summed(second.test, findings, f"measured twice: {', '.join(shown)}; {second.basis}")
+
+
+def summed(test: str, findings: Sequence[Finding], basis: str) -> Verdict:
+    """The verdict on ``test`` from the findings on its metrics; ``basis`` names the reference."""
     word = worst([finding.word for finding in findings if finding.word != "incomparable"] or ["incomparable"])
     reasons = [f"{f.metric} {f.reason}" for f in findings if f.word in (word, "incomparable") and f.reason]
-    return Verdict(test, word, "; ".join([*reasons, reason]), tuple(findings))
+    return Verdict(test, word, "; ".join([*reasons, basis]), tuple(findings), basis)
 
 
 def read_thresholds(text: str, others: Mapping[str, float] = THRESHOLDS) -> dict[str, float]:
@@ -166,14 +209,13 @@ def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[
         figures |= {"tpot": 1.0, "throughput": -1.0}
     findings = []
     for name, worse in figures.items():
-        ratios = [[ratio for latency in side for ratio in latency.ratios(name)] for side in (old, new)]
-        shown = _pair(f"x{statistics.median(side):.3f}" for side in ratios)
+        ratios = [_by_run(side, methodcaller("ratios", name)) for side in (before, now)]
+        shown = _pair(f"x{statistics.median(chain.from_iterable(side)):.3f}" for side in ratios)
         findings.append(_timing(name, shown, ratios, worse, thresholds[name]))
     reason = _why_not_absolute(before, now)
     for name in [name for name in ("ttft", "tpot") if name in figures]:
-        figure = attrgetter(f"{name}_s")
-        times = [[figure(run) for latency in side for run in latency.candidate] for side in (old, new)]
-        shown = _pair(f"{statistics.median(side) * 1e3:.1f} ms" for side in times)
+        times = [_by_run(side, functools.partial(_times, attrgetter(f"{name}_s"))) for side in (before, now)]
+        shown = _pair(f"{statistics.median(chain.from_iterable(side)) * 1e3:.1f} ms" for side in times)
         if reason:
             findings.append(Finding(f"{name}_s", "incomparable", shown, None, reason))
         else:
@@ -181,10 +223,42 @@ def _timings(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[
     return findings
 
 
-def _timing(metric: str, shown: tuple[str, str], sides: list[list[float]], worse: float, threshold: float) -> Finding:
-    if not all(0 < figure < math.inf for side in sides for figure in side):
+def _times(figure: Callable[[Run], float], latency: Latency) -> list[float]:
+    return [figure(run) for run in latency.candidate]
+
+
+def _by_run(entries: Sequence[Entry], figures: Callable[[Latency], Iterable[float]]) -> list[list[float]]:
+    """The figures of each run: a run is one process."""
+    runs: dict[str, list[float]] = {}
+    for entry in entries:
+        if entry.latency is not None:
+            runs.setdefault(entry.run, []).extend(figures(entry.latency))
+    return list(runs.values())
+
+
+def _limit(before: Sequence[Entry], now: Sequence[Entry]) -> str:
+    """What the intervals of timings do not tell, with a semicolon; empty if there are enough processes."""
+    runs = [len(_by_run(side, lambda _: ())) for side in (before, now)]
+    if not all(runs) or sum(runs) >= LEAST_PROCESSES:
+        return ""
+    processes = "process" if runs[0] == 1 else "processes"
+    return f"times of {runs[0]} {processes} against {runs[1]}: how processes differ is not in their intervals; "
+
+
+def _timing(
+    metric: str, shown: tuple[str, str], sides: list[list[list[float]]], worse: float, threshold: float
+) -> Finding:
+    if not all(0 < figure < math.inf for side in sides for run in side for figure in run):
         return Finding(metric, "incomparable", shown, None, "is not compared: not every time is a number above 0")
-    return _finding(metric, shown, ratio_of_ratios(*sides), worse, threshold)
+    if sum(map(len, sides)) >= LEAST_PROCESSES:
+        return _finding(metric, shown, between_processes(*sides), worse, threshold)
+    old, new = (list(chain.from_iterable(side)) for side in sides)
+    found = _finding(metric, shown, ratio_of_ratios(old, new), worse, threshold)
+    if found.word == "regressed":
+        sure = ratio_of_ratios(old, new, confidence=_SURE)
+        if sure.low is None or min(worse * end for end in sure.ends) <= 0:
+            return replace(found, word="noise", reason=f"{found.reason}: not sure enough at {100 * _SURE:g} %")
+    return found
 
 
 def _why_not_absolute(before: Sequence[Entry], now: Sequence[Entry]) -> str:

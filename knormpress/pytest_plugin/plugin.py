@@ -377,12 +377,12 @@ _BENCHMARK = pytest.StashKey[Any]()
 def _finish(item: pytest.Item, *, passed: bool) -> None:
     measured = item.stash.get(_MEASURED, None)
     entry = None if measured is None else measured.entry(passed=passed)
-    if entry is None:
+    if measured is None or entry is None:
         return
     run = item.config.stash.get(_RUN, None)
     fault = ""
     if run is not None:
-        entry, fault = run.finish(item, entry)
+        entry, fault = run.finish(item, entry, measured.timed_again)
     benchmark = item.stash.get(_BENCHMARK, None)
     if benchmark is not None:
         benchmark.extra_info["knormpress"] = entry.model_dump(mode="json")

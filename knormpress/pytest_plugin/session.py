@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -104,15 +105,23 @@ class StoredRun:
         given = [[*map(str, mark.args), *(f"{name}={value}" for name, value in mark.kwargs.items())] for mark in marks]
         return read_thresholds(",".join(part for parts in given for part in parts), self.thresholds)
 
-    def finish(self, item: pytest.Item, entry: Entry) -> tuple[Entry, str]:
-        """Judge ``entry`` and store it with its verdicts; returns it, and a message if the test must fail."""
+    def finish(self, item: pytest.Item, entry: Entry, again: Callable[[], Entry]) -> tuple[Entry, str]:
+        """Judge ``entry`` and store it with its verdicts; returns it, and a message if the test must fail.
+
+        Where only a second measurement can tell a slow-down from a disturbance, ``again`` makes it. Its entry is then
+        the one that is stored.
+        """
         from knormpress.compare.stored import judge_entries
+        from knormpress.compare.verdicts import confirmed, slower
         from knormpress.records.history import store
 
         fault = ""
         if self.compares:
             try:
                 verdict = judge_entries(self.history, [entry], self.thresholds_of(item))
+                if entry.passed and slower(verdict):
+                    entry = again()
+                    verdict = confirmed(verdict, judge_entries(self.history, [entry], self.thresholds_of(item)))
             except KnormError as error:
                 fault = str(error)
             else:

@@ -6,12 +6,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student
 
 __all__ = [
+    "LEAST_PROCESSES",
     "SEED",
     "Change",
     "Floats",
@@ -27,12 +29,14 @@ Floats = NDArray[np.float64]
 
 SEED = 20240611
 
+LEAST_PROCESSES: Final = 4
+"""Processes of both sides together from which their own spread can be told."""
+
 # Each interval by itself covers this much. Timing stops at a look at which the intervals happen to be narrow, and that
 # costs up to 2 %.
 _CONFIDENCE = 0.955
 # More figures are first averaged with their neighbours: the work grows with the square.
 _MOST = 64
-_LEAST_FREEDOM = 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def ratio_change(baseline: ArrayLike, candidate: ArrayLike) -> Change:
     ratios = np.asarray(candidate, dtype=np.float64) / np.asarray(baseline, dtype=np.float64)
     middle = percent(float(np.median(ratios)))
     logs = _condensed(np.log(ratios))
-    left_out = _outer_averages(len(logs))
+    left_out = _outer_averages(len(logs), _CONFIDENCE)
     if not left_out:
         return Change(middle, None, None)
     if np.ptp(ratios) == 0:
@@ -81,7 +85,7 @@ def ratio_change(baseline: ArrayLike, candidate: ArrayLike) -> Change:
     return _from(middle, (logs[first] + logs[second]) / 2, left_out)
 
 
-def ratio_of_ratios(before: ArrayLike, after: ArrayLike) -> Change:
+def ratio_of_ratios(before: ArrayLike, after: ArrayLike, *, confidence: float = _CONFIDENCE) -> Change:
     """The median of the ratios ``after`` divided by that of ``before``, as a change in %.
 
     Its interval is that of the rank-sum test (H. B. Mann and D. R. Whitney, 1947; J. L. Hodges and E. L. Lehmann,
@@ -92,7 +96,7 @@ def ratio_of_ratios(before: ArrayLike, after: ArrayLike) -> Change:
     middle = percent(math.exp(float(np.median(second) - np.median(first))))
     spread = np.ptp(first) + np.ptp(second)
     first, second = _condensed(first), _condensed(second)
-    left_out = _outer_differences(len(first), len(second))
+    left_out = _outer_differences(len(first), len(second), confidence)
     if not left_out:
         return Change(middle, None, None)
     if spread == 0:
@@ -105,10 +109,10 @@ def between_processes(before: Sequence[ArrayLike], after: Sequence[ArrayLike]) -
 
     Its interval is Student's, with the spread of the processes of both sides. Fewer than 4 processes give no interval.
     """
-    first, second = (np.log([np.median(one) for one in side]) for side in (before, after))
+    first, second = (np.log([np.median(np.asarray(one)) for one in side]) for side in (before, after))
     middle = percent(math.exp(float(np.mean(second) - np.mean(first))))
     freedom = len(first) + len(second) - 2
-    if freedom < _LEAST_FREEDOM:
+    if len(first) + len(second) < LEAST_PROCESSES:
         return Change(middle, None, None)
     squares = float(((first - first.mean()) ** 2).sum() + ((second - second.mean()) ** 2).sum())
     half = float(student.ppf(0.975, freedom)) * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second)))
@@ -150,16 +154,16 @@ def _condensed(logs: Floats) -> Floats:
 
 
 @functools.cache
-def _outer_averages(count: int) -> int:
+def _outer_averages(count: int, confidence: float) -> int:
     """The rank of the average of two of ``count`` figures at which the interval begins; 0 if there is none."""
     ways = np.ones(1)
     for rank in range(1, count + 1):
         ways = np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))
-    return _rank(ways)
+    return _rank(ways, confidence)
 
 
 @functools.cache
-def _outer_differences(first: int, second: int) -> int:
+def _outer_differences(first: int, second: int, confidence: float) -> int:
     """The rank of the difference of two figures at which the interval begins; 0 if there is none."""
     # Of `size` ranks chosen among those so far, (size, how far they lie above the lowest possible).
     ways = np.zeros((first + 1, first * second + 1))
@@ -169,11 +173,11 @@ def _outer_differences(first: int, second: int) -> int:
             above = rank - size + 1
             if above <= second:
                 ways[size, above:] += ways[size - 1, : ways.shape[1] - above]
-    return _rank(ways[first])
+    return _rank(ways[first], confidence)
 
 
-def _rank(ways: Floats) -> int:
-    return int(np.searchsorted(np.cumsum(ways) / ways.sum(), (1 - _CONFIDENCE) / 2, side="right"))
+def _rank(ways: Floats, confidence: float) -> int:
+    return int(np.searchsorted(np.cumsum(ways) / ways.sum(), (1 - confidence) / 2, side="right"))
 
 
 def _signed(percent: float) -> str:

@@ -137,6 +137,8 @@ def check_command(words: list[str], parser: pytest.Parser) -> None:
             extra for word in arguments for names in re.findall(r"^\.\[(.+)\]$", word) for extra in names.split(",")
         ]
         assert set(extras) <= set(PROJECT["optional-dependencies"]), f"not all of {extras} are extras"
+    elif program.startswith("tests."):
+        assert (ROOT / program.replace(".", "/")).with_suffix(".py").exists(), f"there is no {program}"
     elif program not in ("venv", "cat"):
         raise AssertionError(f"nothing here knows how to check {program}")
 
@@ -285,8 +287,9 @@ def test_the_tests_of_a_method_of_ones_own_run_as_shown(run: Callable[..., pytes
     Path("my_module.py").write_text(module.text, encoding="utf-8")
     (words,) = [words for words in commands(of(page, "bash")[0].text) if words[0] == "pytest"]
     # The options of the page, but for the file: it has another name in the test.
-    result = run(shown.text, *words[2:], keep_ratios=None, ppl_tolerance="1e6")
-    result.assert_outcomes(passed=4)
+    result = run(shown.text, *words[2:], keep_ratios=None, ppl_tolerance="1e6", samples=2)
+    # The text is too short for as many documents as the quality gate needs.
+    result.assert_outcomes(passed=2, xfailed=2)
     result.stdout.fnmatch_lines(["4 no-baseline"])
     assert sum(len(block.text.strip().splitlines()) for block in (module, shown)) <= 30
 

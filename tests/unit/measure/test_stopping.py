@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -26,7 +24,6 @@ def test_the_intervals_cover_the_truth_under_their_own_stopping_rule() -> None:
 def test_control_an_interval_that_is_too_narrow_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for 90 % covers that at most, and less by what stopping takes."""
     monkeypatch.setattr(intervals, "_CONFIDENCE", 0.9)
-    monkeypatch.setattr(intervals, "_outer_averages", functools.cache(intervals._outer_averages.__wrapped__))
     found = [one[:2] for one in covers(MACHINES["normal, 2 %, precision 1.5"], 300, seed=3)]
     # The binomial standard error is 1.2 %.
     assert np.mean(found) < 0.92

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from knormpress.measure.latency import measure_latency
 from knormpress.measure.memory import measure_memory
 from knormpress.pytest_plugin import measured
-from knormpress.records.figures import Memory
+from knormpress.records.figures import Latency, Memory
 from knormpress.records.history import History
 from tests.repository import run_git
 from tests.unit.conftest import Run
@@ -48,6 +49,64 @@ def wasteful() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "measure_memory", measure)
         yield
+
+
+SPEED = """
+def test_speed(knorm_latency, knorm_press):
+    knorm_latency(knorm_press, prompt_tokens=40, new_tokens=4)
+"""
+# The times of a tiny model on a busy machine differ by much.
+WIDE = "ttft=1e4,tpot=1e4,throughput=99,ttft_s=1e9,tpot_s=1e9"
+
+
+@contextmanager
+def disturbed(measurements: int) -> Iterator[list[Latency]]:
+    """The method takes 1,000 times as long in the first so many measurements; yields all of them."""
+    done: list[Latency] = []
+
+    def measure(*arguments: Any, **conditions: Any) -> Latency:
+        latency = measure_latency(*arguments, **conditions)
+        if len(done) < measurements:
+            slow = [
+                run.model_copy(update={"ttft_s": 1e3 * run.ttft_s, "gaps_s": tuple(1e3 * gap for gap in run.gaps_s)})
+                for run in latency.candidate
+            ]
+            latency = latency.model_copy(update={"candidate": tuple(slow)})
+        done.append(latency)
+        return latency
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured, "measure_latency", measure)
+        yield done
+
+
+def test_a_slow_down_is_measured_once_more_and_fails(compare: Run) -> None:
+    compare(SPEED, "--knorm-thresholds", WIDE).assert_outcomes(passed=1)
+    with disturbed(2) as done:
+        result = compare(SPEED, "--knorm-thresholds", WIDE)
+    assert len(done) == 2
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["regressed: *measured twice: *tpot +* (*), then +* (*)*"])
+    stored = History.read(Path(".benchmarks")).entries
+    assert [entry.latency for entry in stored][1:] == done[1:]
+    assert stored[-1].verdicts["tpot"] == "regressed"
+
+
+def test_a_disturbance_is_measured_once_more_and_passes(compare: Run) -> None:
+    compare(SPEED, "--knorm-thresholds", WIDE)
+    with disturbed(1) as done:
+        result = compare(SPEED, "--knorm-thresholds", WIDE)
+    assert len(done) == 2
+    result.assert_outcomes(passed=1)
+    assert "measured twice: ttft +" in " ".join(result.stdout.str().split())
+    assert History.read(Path(".benchmarks")).entries[-1].latency == done[1]
+
+
+def test_what_is_no_slower_is_measured_once(compare: Run) -> None:
+    with disturbed(0) as done:
+        for _ in range(2):
+            compare(SPEED, "--knorm-thresholds", WIDE).assert_outcomes(passed=1)
+    assert len(done) == 2
 
 
 def refused(result: pytest.RunResult, *named: str) -> None:
