@@ -23,8 +23,8 @@ def judge_entries(
 ) -> Verdict:
     """Judge entries of one test at one commit, compared with the nearest ancestor commit that has data.
 
-    A loss since the pinned commit fails too. What was accepted takes the place of an older reference and of an older pin,
-    for its metric alone.
+    A loss since the pinned commit fails too. What was accepted takes the place of an older reference and of an older
+    pin, for its metric alone.
 
     Args:
         history: the stored runs.
