@@ -23,7 +23,8 @@ def judge_entries(
 ) -> Verdict:
     """Judge entries of one test at one commit, compared with the nearest ancestor commit that has data.
 
-    A loss since the pinned commit fails too. What was accepted takes the place of what is older, for its metric alone.
+    A loss since the pinned commit fails too. What was accepted takes the place of an older reference and of an older
+    pin, for its metric alone.
 
     Args:
         history: the stored runs.
@@ -58,7 +59,7 @@ def judge_entries(
         if distance(one.entry) <= distance(reference.nearest):
             findings[one.metric] = level
             notes.append(f"{one.metric} as accepted at {where} by {one.who}: {one.why}")
-        if not pinned or distance(one.entry) <= distance(pin.nearest):
+        if pinned and distance(one.entry) <= distance(pin.nearest):
             since[one.metric] = level, f"since it was accepted at {where}"
     for metric, (finding, when) in since.items():
         if finding.word == "regressed" and (metric not in findings or findings[metric].word != "regressed"):

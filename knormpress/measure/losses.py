@@ -41,8 +41,8 @@ class Loss:
 
     title: str
     kinds: frozenset[str]
-    method: Callable[[Method], Method] = field(default=lambda method: method)
-    retrieval: Callable[[Retrieval], Retrieval] = field(default=lambda retrieval: retrieval)
+    method: Callable[[Method], Method] = field(default_factory=lambda: lambda method: method)
+    retrieval: Callable[[Retrieval], Retrieval] = field(default_factory=lambda: lambda retrieval: retrieval)
 
 
 def _hooked(hooks: Callable[[PreTrainedModel, list[Cache]], Iterator[Any]]) -> Callable[[Method], Method]:

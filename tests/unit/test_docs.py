@@ -225,11 +225,11 @@ class Shown(NamedTuple):
 
 
 def shown_runs(path: Path) -> list[Shown]:
-    """The `knormpress` commands and the guide's scripts of a page, except those that compare commits."""
+    """The `knormpress` commands and the guide's scripts of a page, except those about stored runs and own tests."""
     found = []
     for line in (line for block in of(path, "bash") for line in block.text.replace("\\\n", " ").splitlines()):
         for arguments in filter(None, map(knormpress_arguments, commands(line))):
-            if arguments[0] != "compare":
+            if arguments[0] not in ("compare", "accept", "rename", "selftest"):
                 found.append(Shown(arguments, "PYTHONPATH=. " in line))
     return found
 

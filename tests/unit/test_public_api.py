@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[2]
 PROMISED = {"KnormCache", "KnormError", "KnormPress", "LayerStats", "__version__"}
 
 # Called by name: the commands by typer, hooks by pytest. What stands in a package's own module is drawn by it alone.
-CALLED = ("knormpress.cli.app.", "knormpress.pytest_plugin.plugin.pytest_")
+CALLED = (
+    "knormpress.cli.app.",
+    "knormpress.pytest_plugin.planted.pytest_",
+    "knormpress.pytest_plugin.plugin.pytest_",
+)
 PARTS = ("knormpress.show.pictures.", "knormpress.show.page.")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from knormpress.compare.stored import judge_newest
 from knormpress.compare.verdicts import Verdict
 from knormpress.errors import KnormError
-from knormpress.records.decisions import Pin, Rename
+from knormpress.records.decisions import Acceptance, Rename
 from knormpress.records.history import History
 from knormpress.records.schema import Entry
 from knormpress.show.page.followed import FIGURES, Figure, tests_of
@@ -53,28 +53,19 @@ def verdict_blocks(verdicts: Sequence[Verdict], note: str) -> Iterator[Block]:
 
 def decided_blocks(history: History) -> Iterator[Block]:
     """The pinned commit, every accepted loss and every new name of a test, with who decided it, when and why."""
-    if history.pinned:
-        pin = next(one for one in reversed(history.decisions) if isinstance(one, Pin))
-        yield Words(f"Pinned: {history.pinned[:12]}, by {pin.who} on {pin.created[:10]}. A loss since then fails too.")
-    rows = [
-        (
-            one.entry.test,
-            one.metric,
-            pretty(one.before),
-            pretty(one.now),
-            one.who,
-            one.created[:10],
-            _commit(one.entry),
-            one.why,
-        )
-        for one in history.accepted
-    ]
-    if rows:
-        head = ("Test", "Figure", "Before", "Accepted", "Who", "When", "Commit", "Why")
-        yield Table("Accepted losses", head, tuple(rows), row_heads=2)
-    renamed = [(one.old, one.new, one.who, one.created[:10]) for one in history.decisions if isinstance(one, Rename)]
-    if renamed:
-        yield Table("Renamed tests", ("Before", "Now", "Who", "When"), tuple(renamed), folded=True)
+    told = []
+    for one in history.decisions:
+        by = f"by {one.who} on {one.created[:10]}"
+        if isinstance(one, Acceptance):
+            loss = f"{one.entry.test}: {one.metric} {pretty(one.before)} to {pretty(one.now)} at {_commit(one.entry)}"
+            told.append(Statement("plain", "accepted", f"{loss}, {by}: {one.why}"))
+        elif isinstance(one, Rename):
+            told.append(Statement("plain", "renamed", f"{one.old} is {one.new}, {by}."))
+        elif one.commit is not None and one.commit == history.pinned:
+            told.append(Statement("plain", "pinned", f"{one.commit[:12]}, {by}: a loss since then fails too."))
+    if told:
+        yield Heading("What was decided")
+        yield Statements(tuple(told))
 
 
 def _commit(entry: Entry) -> str:

@@ -117,4 +117,4 @@ def _where(entry: Entry) -> str:
 
 
 def _percent(value: float) -> str:
-    return pretty(f"{value:+.2f} %")
+    return pretty(f"{value:+.2f} %" if abs(value) >= 0.005 else "0.00 %")

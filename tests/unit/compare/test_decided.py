@@ -131,6 +131,15 @@ def test_what_grows_on_from_the_accepted_level_fails(repository: Repository, lin
     assert f"since it was accepted at {line[1][:12]}" in judged.reason
 
 
+def test_without_a_pin_an_accepted_level_is_none(repository: Repository, line: list[str]) -> None:
+    past = Past(repository)
+    past.run(line[0], 0)
+    past.run(line[1], 5)
+    past.accept()
+    grown = [past.run(commit, more).word for commit, more in zip(line[2:5], (5.4, 5.8, 6.2), strict=True)]
+    assert grown == ["ok", "ok", "ok"]
+
+
 def test_only_the_accepted_metric_moves(repository: Repository, line: list[str]) -> None:
     past = Past(repository)
     past.run(line[0], 0, ppl=1.0)

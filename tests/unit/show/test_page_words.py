@@ -263,7 +263,7 @@ def test_runs_of_one_commit_are_one_point_and_dirty_ones_none() -> None:
         for one in history.entries[5:]
     ]
     told = Report(history=History((*history.entries[:5], *dirty)))["history"]
-    assert "| 5 | +0.00 %" in told
+    assert "| 5 | 0.00 % (0.00 % to 0.00 %)" in told
 
 
 def test_what_was_decided_is_in_every_report() -> None:
@@ -281,12 +281,12 @@ def test_what_was_decided_is_in_every_report() -> None:
         Rename(old="t.py::a", new="t.py::b", who="Cleo", created="2026-03-03"),
     )
     told = Report(history=History(history.entries, decisions=decisions))["verdicts"]
-    assert "Pinned: cccccccccccc, by Bob on 2026-03-01" in told
+    assert "**pinned**: cccccccccccc, by Bob on 2026-03-01: " in told
     (row,) = [line for line in told.splitlines() if "positions are kept" in line]
-    for part in ("bytes", "\N{MINUS SIGN}49 %", "Ada &lt;a", "2026-03-02", "1000000"):
+    for part in ("**accepted**", "bytes", "\N{MINUS SIGN}49 %", "Ada &lt;a", "2026-03-02", "1000000"):
         assert part in row
-    assert "| t.py::a | t.py::b | Cleo | 2026-03-03 |" in told
-    assert "Accepted" not in Report(history=history)["verdicts"]
+    assert "**renamed**: t.py::a is t.py::b, by Cleo on 2026-03-03." in told
+    assert "decided" not in Report(history=history)["verdicts"]
 
 
 def test_a_test_measured_under_other_conditions_gets_a_line_of_its_own() -> None:
