@@ -19,7 +19,7 @@ def test_its_figures_and_its_noise_fit_80_columns() -> None:
         f"{speed.throughput:.2f} new tokens/s",
         "6039.8 MB",
         "peak RSS: 900.0 MB",
-        f"PPL {record.quality.baseline_ppl:.3f} on 1,024 tokens, each after 131,072",
+        f"PPL {record.quality.baseline_ppl:.3f} on 2,048 tokens, each after 131,072",
         f"noise TTFT {latency.ttft} ({latency.ttft.interval}), TPOT {latency.tpot} ({latency.tpot.interval})",
         f"throughput {latency.throughput} ({latency.throughput.interval})",
     ):

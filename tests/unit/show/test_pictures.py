@@ -249,7 +249,7 @@ def refused(records: Iterable[Record], folder: Path) -> str:
         ({"device": "cuda"}, ("device", "cpu", "cuda")),
         ({"threads": 8}, ("threads: 2 and 8",)),
         ({"dtype": "bfloat16"}, ("dtype: float32 and bfloat16",)),
-        ({"documents": 9}, ("samples: 4 and 9",)),
+        ({"documents": 9}, ("samples: 8 and 9",)),
         # A longer prompt on another device must not quietly push the first device out.
         ({"device": "cuda", "prompt_tokens": 8192}, ("device", "cpu", "cuda")),
     ],
