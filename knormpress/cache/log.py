@@ -88,7 +88,7 @@ class TokenLog:
 
     def _read(self) -> None:
         """Learn, in one wait, all that stands on the device."""
-        checks, self._unchecked = self._unchecked, []
+        checks = self._unchecked
         parts = [] if self.real is None else [self.real.flatten()]
         if checks:
             device = checks[0][0].device
@@ -99,3 +99,5 @@ class TokenLog:
         for finite, (_, otherwise) in zip(read[len(read) - len(checks) :], checks, strict=True):
             if not finite:
                 raise KnormError(otherwise)
+        # Not before: what was pruned by a wrong score stays refused until it is removed.
+        self._unchecked = []
