@@ -26,7 +26,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from knormpress.cache.fitness import layers_for
 from knormpress.cache.hooks import MaskedCache, MaskHooks
 from knormpress.cache.layer import KnormLayer, LayerStats, TokenLog, layer_stats
-from knormpress.cache.masks import SharedMask, flex_mask, layer_mask, real_tokens
+from knormpress.cache.masks import SharedMask, flex_mask
 from knormpress.cache.saving import expect_lasting_name, is_score, read_state, write_state
 from knormpress.cache.score import Score, expect_score, key_norms, name_of
 from knormpress.cache.scores.named import SCORES, score_named
@@ -88,6 +88,7 @@ class KnormCache(MaskedCache):
         if offloading and model.device.type != "cuda":
             raise KnormError(f"offloading is for models on CUDA, this one is on {model.device}; use offloading=False")
         super().__init__(layers=layers, offloading=offloading)
+        self._last = prunable[-1]
         self.press = press
         self.score = score
         self._config = config
@@ -112,7 +113,13 @@ class KnormCache(MaskedCache):
                 f"this cache was made for {name} and is used with another; make a KnormCache for each model"
             )
         self._announced = None
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # A single token of a padded batch does not wait: before the next pruning all that is unknown is read at once.
+        if layer_idx == self._last:
+            self._passes.clear()
+            if self.log.real is None or key_states.shape[2] > 1:
+                self.log.check()
+        return states
 
     def mask_for(self, module: nn.Module, mask: Any, batch: int, new: int) -> tuple[Any, bool]:
         """The mask of ``module`` over its stored tokens and the ``new`` ones, see ``MaskedCache``.
@@ -140,23 +147,14 @@ class KnormCache(MaskedCache):
             shared = self._passes[device] = self._new_pass(mask, layer.seen, new)
         if is_first:
             self._check_seen(index, new)
-            real = real_tokens(shared.dense(), layer.seen, new)
-            self._check_positions(batch, new, real)
-            self.log.extend(batch, new, real)
+            self._check_positions(batch, new, shared.real)
+            self.log.extend(batch, new, shared.real)
         self._announced = index
         plain = shared.causal and not layer.holes
-        if not layer.pruned_at or (mask is None and plain):
+        if mask is None or layer.kept is None:
             return mask, plain
-        positions = layer.positions
-        own_mask = layer_mask(
-            shared.dense(),
-            positions,
-            seen=layer.seen,
-            new=new,
-            groups=self._config.num_attention_heads // positions.shape[1],
-            holes=layer.holes,
-            plain=shared.plain,
-        )
+        groups = self._config.num_attention_heads // layer.kept.shape[1]
+        own_mask = shared.of(layer.kept, since=layer.pruned_at, groups=groups, holes=layer.holes)
         is_flex = isinstance(mask, BlockMask) or self._config._attn_implementation == "flex_attention"
         return (flex_mask(own_mask) if is_flex and own_mask is not None else own_mask), plain
 
@@ -179,8 +177,9 @@ class KnormCache(MaskedCache):
                 raise KnormError(
                     "an earlier pass had padding, but this one has no attention_mask; give one over all tokens seen"
                 )
+            self.log.real = None  # only rows without padding are left
             return SharedMask.none(causal=sdpa and new == 1)
-        shared = SharedMask.read(mask, seen, new, sdpa=sdpa)
+        shared = SharedMask.read(mask, seen, new, sdpa=sdpa, padded=self.log.real is not None)
         if shared.covers != seen + new:
             raise KnormError(
                 f"the attention mask covers {shared.covers} tokens, but {seen} were seen and {new} come; "
@@ -250,6 +249,7 @@ class KnormCache(MaskedCache):
                     "prefill this cache with the model instead"
                 )
             layer.update(keys, values)
+        self.log.check()
 
     @contextmanager
     def as_single_tokens(self, most: int) -> Iterator[int]:
@@ -283,6 +283,7 @@ class KnormCache(MaskedCache):
         if by is not None:
             expect_lasting_name(by)
         self._settle()
+        self.log.check()
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
         for index, layer in enumerate(self.layers):
@@ -382,6 +383,7 @@ class KnormCache(MaskedCache):
         self._settle()
         super().crop(tokens_to_remove)
         self.log.truncate(self.log.seen - abs(tokens_to_remove))
+        self.log.check()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row i by the old row ``beam_idx[i]``."""

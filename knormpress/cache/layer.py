@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
+from knormpress.cache.log import TokenLog
 from knormpress.cache.pruning import budget, gather, select
 from knormpress.cache.score import Score, StoredTokens, scores_of
 from knormpress.cache.tape import Tape
@@ -31,44 +33,6 @@ class LayerStats:
     stored: int
     evicted: int
     nbytes: int
-
-
-class TokenLog:
-    """How many tokens a model has seen, and which are padding; shared by all layers of a cache.
-
-    While ``one_by_one`` is true, layers prune after a pass of several tokens as after the last of as many passes of
-    one token, see ``KnormCache.as_single_tokens``.
-    """
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self.real: Tensor | None = None
-        self.one_by_one = False
-
-    def extend(self, batch: int, new: int, real: Tensor | None) -> None:
-        """Add ``new`` tokens to each row. ``real`` (batch, new) is False for padding; None if there is none."""
-        if real is not None and self.real is None:
-            self.real = real.new_ones(batch, self.seen)
-        if self.real is not None:
-            added = self.real.new_ones(batch, new) if real is None else real.expand(batch, -1)
-            self.real = torch.cat([self.real, added], dim=1)
-        self.seen += new
-
-    def counts(self, batch: int, start: int, end: int) -> list[int]:
-        """The number of tokens from position ``start`` to ``end`` that are not padding, for each row."""
-        if self.real is None:
-            return [end - start] * batch
-        return [int(count) for count in self.real[:, start:end].sum(dim=1).tolist()]
-
-    def truncate(self, seen: int) -> None:
-        """Remove the tokens from position ``seen`` on."""
-        self.seen = seen
-        self.real = self.real[:, :seen] if self.real is not None and seen else None
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Replace row i by the old row ``rows[i]``."""
-        if self.real is not None:
-            self.real = self.real.index_select(0, rows.to(self.real.device))
 
 
 class KnormLayer(CacheLayerMixin):
@@ -93,7 +57,9 @@ class KnormLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Remove all tokens."""
         self._tapes = (Tape(), Tape())
-        self._kept: Tensor | None = None
+        # (batch, kv_heads, 1, kept) int32: one more than the position of each token that the last pruning kept, and 0
+        # for an empty slot. These are columns of a mask with a hidden one before the first.
+        self.kept: Tensor | None = None
         self.keys = self.values = None
         self.is_initialized = False
         self.seen = 0
@@ -101,14 +67,18 @@ class KnormLayer(CacheLayerMixin):
         self.holes = False
         self.record_past = False
         self._uncropped = False
+        # Tokens of each row among the first ``_counted`` ones, without padding. Later ones are counted when it matters.
+        self._counted = 0
+        self._row_seen: list[int] = []
         self._row_stored: list[int] = []
-        self._row_new: list[int] = []
+        # Tokens seen when it was last decided whether to prune.
+        self._decided = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, device and dtype from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self._row_seen = [0] * key_states.shape[0]
         self._row_stored = [0] * key_states.shape[0]
-        self._row_new = [0] * key_states.shape[0]
         self.is_initialized = True
 
     @property
@@ -121,14 +91,12 @@ class KnormLayer(CacheLayerMixin):
         """The original position of each stored token (batch, kv_heads, stored), ascending; -1 for an empty slot."""
         if self.keys is None:
             return torch.empty(0, 0, 0, dtype=torch.int32)
-        newer = torch.arange(self.pruned_at, self.seen, dtype=torch.int32, device=self.device)
-        newer = newer.expand(*self.keys.shape[:2], -1)
-        return newer if self._kept is None else torch.cat([self._kept, newer], dim=2)
+        return self._columns() - 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage, including positions and spare room."""
-        kept = 0 if self._kept is None else self._kept.untyped_storage().nbytes()
+        kept = 0 if self.kept is None else self.kept.untyped_storage().nbytes()
         return kept + sum(tape.nbytes for tape in self._tapes)
 
     def get_seq_length(self) -> int:
@@ -153,20 +121,19 @@ class KnormLayer(CacheLayerMixin):
             The keys and values (batch, kv_heads, stored before + new, head_dim) that this pass attends to.
 
         Raises:
-            KnormError: the batch size changed, or keys are not finite.
+            KnormError: the batch size changed. Whether scores are finite, the log is told to check.
         """
         batch, _, new, _ = key_states.shape
         self.expect(batch)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        spare = self._most_spare(key_states, value_states)
+        spare = self._most_spare(self.seen + new, self.stored + new, key_states, value_states)
         self.keys, self.values = (
             tape.append(states, spare) for tape, states in zip(self._tapes, (key_states, value_states), strict=True)
         )
         keys, values = self.keys, self.values
         if self.log.seen < self.seen + new:
             self.log.extend(batch, self.seen + new - self.log.seen, None)
-        self._count(self.log.counts(batch, self.seen, self.seen + new))
         self.seen += new
         # Assisted decoding crops after every pass. When it ends, recording stays on, but no crop follows.
         if self.record_past and self._uncropped:
@@ -193,7 +160,8 @@ class KnormLayer(CacheLayerMixin):
 
         The last of them is the one after which it prunes. None of them may be padding.
         """
-        rows = list(zip(self._row_seen(), self._row_stored, strict=True)) or [(0, 0)]
+        self._count(self.seen)
+        rows = list(zip(self._row_seen, self._row_stored, strict=True)) or [(0, 0)]
         for count in range(1, most):
             for seen, stored in rows:
                 left = budget(self.press, self.ratio, seen=seen + count, stored=stored + count, new=1)
@@ -233,9 +201,9 @@ class KnormLayer(CacheLayerMixin):
         self._uncropped = False
         if removed:
             self.expect_crop(removed)
-            counts = self.log.counts(len(self._row_stored), self.seen - removed, self.seen)
-            self._count([-count for count in counts])
+            self._count(self.seen - removed)
             self.seen -= removed
+            self._decided = min(self._decided, self.seen)
             self.keys, self.values = (tape.truncate(tape.length - removed) for tape in self._tapes)
         if self.record_past:
             device = self._tapes[0].view.device
@@ -248,11 +216,11 @@ class KnormLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         self.keys, self.values = (tape.select_rows(beam_idx) for tape in self._tapes)
-        if self._kept is not None:
-            self._kept = self._kept.index_select(0, beam_idx.to(self._kept.device))
-        rows = beam_idx.tolist()
+        if self.kept is not None:
+            self.kept = self.kept.index_select(0, beam_idx.to(self.kept.device))
+        rows = [0] * len(beam_idx) if self.log.real is None else beam_idx.tolist()
+        self._row_seen = [self._row_seen[row] for row in rows]
         self._row_stored = [self._row_stored[row] for row in rows]
-        self._row_new = [self._row_new[row] for row in rows]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
@@ -282,10 +250,12 @@ class KnormLayer(CacheLayerMixin):
         tensors = {}
         if self.keys is not None and self.values is not None:
             tensors = {"keys": self.keys, "values": self.values}
-        if self._kept is not None:
+        if self.kept is not None:
             tensors["positions"] = self.positions
-        names = ("seen", "pruned_at", "holes", "_row_stored", "_row_new")
-        return tensors, {name: getattr(self, name) for name in names}
+        self._count(self.seen)
+        new = self.log.counts(len(self._row_stored), self._decided, self.seen)
+        names = ("seen", "pruned_at", "holes", "_row_stored")
+        return tensors, {**{name: getattr(self, name) for name in names}, "_row_new": new}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take over the layer that ``state`` returned."""
@@ -293,18 +263,24 @@ class KnormLayer(CacheLayerMixin):
             return
         self.lazy_initialization(tensors["keys"], tensors["values"])
         self.keys, self.values = self._tapes[0].replace(tensors["keys"]), self._tapes[1].replace(tensors["values"])
-        vars(self).update(state)
+        counts = dict(state)
+        new = counts.pop("_row_new")
+        vars(self).update(counts)
+        self._counted, rows = self.seen, len(new)
+        self._row_seen = self.log.counts(rows, 0, self.seen)
+        places = range(self.seen - max(new), -1, -1)
+        self._decided = next((at for at in places if self.log.counts(rows, at, self.seen) == new), self.seen)
         if "positions" in tensors:
-            self._kept = tensors["positions"][:, :, : self.stored - (self.seen - self.pruned_at)].clone()
+            kept = self.stored - (self.seen - self.pruned_at)
+            self.kept = tensors["positions"][:, :, None, :kept] + 1
 
-    def _most_spare(self, keys: Tensor, values: Tensor) -> int:
+    def _most_spare(self, seen: int, stored: int, keys: Tensor, values: Tensor) -> int:
         """How many slots of spare room keep this layer within 1.02 times what a full cache holds at this moment.
 
         A short cache may have none: it is copied for each token, which costs nothing at that length.
         """
-        seen, stored = self.seen + keys.shape[2], self.stored + keys.shape[2]
         slot = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
-        positions = 0 if self._kept is None else self._kept.shape[-1] * self._kept.element_size()
+        positions = 0 if self.kept is None else self.kept.shape[-1] * self.kept.element_size()
         room = (1 + _MOST_SPARE) * seen * slot - stored * slot - positions
         return max(0, min(int(room // slot), int(_MOST_SPARE * seen)))
 
@@ -312,49 +288,71 @@ class KnormLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = (tape.to(device) for tape in self._tapes)
 
-    def _count(self, new: Sequence[int]) -> None:
-        self._row_stored = [stored + count for stored, count in zip(self._row_stored, new, strict=True)]
-        # A crop can remove more tokens than are new since the last pruning decision.
-        self._row_new = [max(0, before + count) for before, count in zip(self._row_new, new, strict=True)]
+    def _count(self, seen: int) -> None:
+        """Count the tokens of each row among the first ``seen`` ones."""
+        start, end = sorted((self._counted, seen))
+        counts = self.log.counts(len(self._row_seen), start, end)
+        more = counts if seen > self._counted else [-count for count in counts]
+        self._row_seen = [before + count for before, count in zip(self._row_seen, more, strict=True)]
+        self._row_stored = [before + count for before, count in zip(self._row_stored, more, strict=True)]
+        self._counted = seen
 
-    def _row_seen(self) -> list[int]:
-        return self.log.counts(len(self._row_stored), 0, self.seen)
+    def _budgets(self, new: Sequence[int]) -> list[int]:
+        """What each row keeps, if the pass added ``new`` tokens to it and what is not counted yet holds no padding."""
+        late = self.seen - self._counted
+        rows = zip(self._row_seen, self._row_stored, new, strict=True)
+        return [
+            budget(self.press, self.ratio, seen=s + late, stored=k + late, new=min(n, 1) if self.log.one_by_one else n)
+            for s, k, n in rows
+        ]
 
     def _prune(self) -> None:
-        new = [min(count, 1) for count in self._row_new] if self.log.one_by_one else self._row_new
-        rows = zip(self._row_seen(), self._row_stored, new, strict=True)
-        budgets = [budget(self.press, self.ratio, seen=s, stored=k, new=n) for s, k, n in rows]
-        self._row_new = [0] * len(self._row_stored)
-        if budgets == self._row_stored:
-            return
+        rows, new, late = len(self._row_stored), self.seen - self._decided, self.seen - self._counted
+        # Padding only puts a pruning off. So where nothing would be dropped without it, there is nothing to count.
+        if self._budgets([new] * rows) != [stored + late for stored in self._row_stored]:
+            self._count(self.seen)
+            budgets = self._budgets(self.log.counts(rows, self._decided, self.seen))
+            if budgets != self._row_stored:
+                self._keep(budgets)
+        self._decided = self.seen
+
+    def _keep(self, budgets: list[int]) -> None:
         assert self.keys is not None
         assert self.values is not None
-        positions = self.positions
-        real = self._real(positions)
-        tokens = StoredTokens(self.keys, self.values, self._own_positions(positions, real), self.index)
-        scores = scores_of(self.score, tokens, real)
+        columns = self._columns()
+        places, real = self._places(columns)
+        tokens = StoredTokens(self.keys, self.values, places, self.index)
+        scores, zero, otherwise = scores_of(self.score, tokens, real)
+        self.log.expect(zero, otherwise)
         slots = select(scores, budgets, real=real, keep_recent=self.press.keep_recent)
         self.holes = min(budgets) < max(budgets)
-        # Until tokens have been dropped, a slot's number is its position.
-        kept = slots if self._kept is None else gather(positions, slots).masked_fill(slots < 0, -1)
-        self._kept = kept.to(torch.int32)
-        self.keys, self.values = (tape.replace(gather(tape.view, slots)) for tape in self._tapes)
+        filled = slots.clamp(min=0) if self.holes else slots
+        kept = columns.gather(-1, filled)
+        self.kept = (kept.masked_fill(slots < 0, 0) if self.holes else kept)[:, :, None]
+        stored = slots.shape[-1]
+        spare = self._tapes[0].spare(stored, self._most_spare(self.seen, stored, self.keys, self.values))
+        wanted = pad(filled, (0, spare)) if spare else filled
+        rows: dict[tuple[int, ...], Tensor] = {}
+        self.keys, self.values = (
+            tape.hold(gather(states, wanted, rows), stored)
+            for tape, states in zip(self._tapes, (self.keys, self.values), strict=True)
+        )
         self._row_stored = budgets
         self.pruned_at = self.seen
 
-    def _real(self, positions: Tensor) -> Tensor | None:
-        if self.log.real is None:
-            return positions >= 0 if self.holes else None
-        real = self.log.real.to(positions.device)[:, None, : self.seen].expand(-1, positions.shape[1], -1)
-        return real.gather(-1, positions.clamp(min=0).long()) & (positions >= 0)
+    def _columns(self) -> Tensor:
+        """One more than the position of each stored token (batch, kv_heads, stored) int32; 0 for an empty slot."""
+        assert self.keys is not None
+        newer = torch.arange(self.pruned_at + 1, self.seen + 1, dtype=torch.int32, device=self.device)
+        newer = newer.expand(*self.keys.shape[:2], -1)
+        return newer if self.kept is None else torch.cat([self.kept[:, :, 0], newer], dim=2)
 
-    def _own_positions(self, positions: Tensor, real: Tensor | None) -> Tensor:
-        """``positions`` counted in each row's own tokens, without padding; -1 where a slot is not real."""
-        if real is None or self.log.real is None:
-            return positions
-        own = self.log.real.to(positions.device)[:, None, : self.seen].cumsum(-1) - 1
-        own = own.expand(-1, positions.shape[1], -1).gather(-1, positions.clamp(min=0).long())
-        return own.masked_fill(~real, -1).to(positions.dtype)
+    def _places(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The place of each stored token among its row's own, -1 where a slot is not real; which are, None if all."""
+        if self.log.real is None:
+            return columns - 1, columns > 0 if self.holes else None
+        places = self.log.places(columns.device)[:, None].expand(-1, columns.shape[1], -1).gather(-1, columns.long())
+        return places, places >= 0
 
 
 def layer_stats(layer: Any) -> LayerStats:

@@ -1,6 +1,6 @@
 """Attention masks for layers that store different tokens.
 
-transformers builds one mask for all full-attention layers, with a column for every token seen. ``layer_mask`` takes
+transformers builds one mask for all full-attention layers, with a column for every token seen. ``SharedMask`` takes
 from it the columns of the tokens that one layer still stores. ``cache.hooks`` passes them to the attention modules.
 
 Shapes: B rows, H key-value heads, A attention heads (A = H * groups), q new tokens, n slots stored before them.
@@ -10,22 +10,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.functional import pad
 
-__all__ = [
-    "SharedMask",
-    "dense_mask",
-    "flex_mask",
-    "full_past",
-    "is_causal",
-    "layer_mask",
-    "real_tokens",
-]
+__all__ = ["SharedMask", "dense_mask", "flex_mask", "real_tokens"]
 
 
 # Additive masks hide with -inf, with the smallest number of the dtype, or with -1e4, which fits in float16.
@@ -34,32 +27,92 @@ _HIDDEN = -9_999.0
 
 @dataclass(frozen=True)
 class SharedMask:
-    """The shared mask of the current forward pass, read once for all layers; the mask itself is not kept alive.
+    """The shared mask of the forward pass under way, read once for all layers; the mask itself is not kept alive.
 
-    ``covers`` is the number of tokens that the mask covers; ``plain`` as for ``layer_mask``. ``causal`` is true if
-    ``sdpa`` is in use and the mask is causal among the new tokens and hides nothing else.
+    ``covers`` is the number of tokens that the mask covers, of which ``seen`` came before this pass. ``real`` (B or 1,
+    q) is False for new tokens that are padding; None if none is. ``plain`` is true if the mask hides no token of the
+    past; ``causal``, if ``sdpa`` is in use and the mask is causal among the new tokens and hides nothing else. Both are
+    false where nobody looked.
     """
 
     mask: Callable[[], Any]
     dense: Callable[[], Tensor | None]
+    seen: int
     covers: int
+    real: Tensor | None
     plain: bool
     causal: bool
+    _parts: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def none(cls, *, causal: bool) -> SharedMask:
         """The absence of a mask."""
-        return cls(lambda: None, lambda: None, 0, True, causal)
+        return cls(lambda: None, lambda: None, 0, 0, None, True, causal)
 
     @classmethod
-    def read(cls, mask: Any, seen: int, new: int, *, sdpa: bool) -> SharedMask:
-        """Read ``mask`` for ``new`` tokens after ``seen`` ones. It may cover too few tokens: check ``covers``."""
+    def read(cls, mask: Any, seen: int, new: int, *, sdpa: bool, padded: bool) -> SharedMask:
+        """Read ``mask`` for ``new`` tokens after ``seen`` ones. It may cover too few tokens: check ``covers``.
+
+        With ``padded``, for batches that had padding before, the host does not wait to learn what the mask says.
+        """
         dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
         weak_mask = weakref.ref(mask)
-        covers = dense.shape[-1]
-        plain = covers == seen + new and full_past(dense, seen)
-        causal = sdpa and plain and is_causal(dense, seen)
-        return cls(weak_mask, weak_mask if dense is mask else lambda: dense, covers, plain, causal)
+        found = weak_mask, weak_mask if dense is mask else lambda: dense, seen, dense.shape[-1]
+        if dense.shape[-1] != seen + new:
+            return cls(*found, None, False, False)
+        own = _own(dense, seen)
+        if padded:
+            return cls(*found, _real(own), False, False)
+        can_be_causal = sdpa and dense.dim() == 4 and dense.dtype == torch.bool
+        past = dense[..., :seen]
+        flags = [past.all() if past.dtype == torch.bool else (past == 0).all(), _is_whole(own)]
+        flags += [(own == torch.ones_like(own[0, 0]).tril()).all()] if can_be_causal else []
+        plain, whole, *causal = torch.stack(flags).tolist()
+        return cls(*found, None if whole else _real(own), plain, plain and causal == [True])
+
+    def of(self, kept: Tensor, *, since: int, groups: int, holes: bool) -> Tensor | None:
+        """The columns of one layer's stored tokens.
+
+        Args:
+            kept: (B, H, 1, m) int32, one more than the position of each token that the last pruning kept; 0 for an
+                empty slot, which are the same in all heads of a row. Every later token is stored.
+            since: tokens seen up to that pruning.
+            groups: attention heads per key-value head.
+            holes: whether ``kept`` has empty slots.
+
+        Returns:
+            None if nothing is masked (rows have empty slots only if there is padding, and so a mask); (B, n + q) for a
+            mask of two dimensions; else (B, 1 or A, q, n + q) in the dtype of the shared mask.
+        """
+        mask = self.dense()
+        if mask is None:
+            return None
+        if self.plain and not holes:
+            return mask[..., since - kept.shape[-1] :]
+        if mask.dim() == 2:
+            # Padding and empty slots are at the same slots in all heads of a row.
+            past, newer = self._behind_hidden(mask, since, tuple(mask.shape[:1]))
+            return torch.cat([past.gather(1, kept[:, 0, 0].long()), newer], dim=-1)
+        if mask.shape[1] > 1:
+            kept, groups = kept.repeat_interleave(groups, dim=1), 1
+        batch, heads, queries = *kept.shape[:2], mask.shape[2]
+        # The heads of a group share a mask. One query is read once for each of them, which saves a copy.
+        lines = groups if queries == 1 else queries
+        past, newer = self._behind_hidden(mask, since, (batch, heads, lines))
+        own = torch.cat([past.gather(-1, kept.long().expand(-1, -1, lines, -1)), newer], dim=-1)
+        return own.view(batch, heads * groups, 1, -1) if queries == 1 else own.repeat_interleave(groups, dim=1)
+
+    def _behind_hidden(self, mask: Tensor, since: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The mask with a hidden column before its first, and its columns from ``since`` on; each made once."""
+        parts, key = self._parts, (*shape, since)
+        if () not in parts:
+            hidden = torch.finfo(mask.dtype).min if mask.dtype.is_floating_point else 0
+            parts[()] = pad(mask, (1, 0), value=hidden)
+        if shape not in parts:
+            parts[shape] = parts[()].expand(*shape, -1)
+        if key not in parts:
+            parts[key] = parts[shape][..., 1 + since :]
+        return parts[shape], parts[key]
 
 
 def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
@@ -72,15 +125,8 @@ def real_tokens(mask: Any, seen: int, new: int) -> Tensor | None:
     Returns:
         (B, new) boolean, or None if there is no padding.
     """
-    if mask is None:
-        return None
-    if mask.dim() == 2:
-        real = mask[:, seen:].bool()
-        return None if bool(real.all()) else real
-    own = _attends(mask[..., seen:])
-    if bool(own.diagonal(dim1=-2, dim2=-1).all()):
-        return None
-    return own.any(dim=1).any(dim=1)
+    own = None if mask is None else _own(mask, seen)
+    return None if own is None or bool(_is_whole(own)) else _real(own)
 
 
 def dense_mask(mask: BlockMask, new: int, total: int) -> Tensor:
@@ -100,54 +146,17 @@ def flex_mask(mask: Tensor) -> BlockMask:
     )
 
 
-def full_past(mask: Tensor, seen: int) -> bool:
-    """Whether every new token attends to all tokens seen before; true without padding and custom masks."""
-    past = mask[..., :seen]
-    return bool(past.all() if past.dtype == torch.bool else (past == 0).all())
-
-
-def is_causal(mask: Tensor, seen: int) -> bool:
-    """Whether a boolean mask (B, 1 or A, q, seen + q) is causal among the q new tokens; their past is not checked."""
-    if mask.dim() != 4 or mask.dtype != torch.bool:
-        return False
+def _own(mask: Tensor, seen: int) -> Tensor:
+    """Which new tokens attend to which (B, 1 or A, q, q); of a mask of two dimensions, which are real (B, q)."""
     own = mask[..., seen:]
-    return bool((own == torch.ones_like(own[0, 0]).tril()).all())
+    if own.dim() == 2:
+        return own.bool()
+    return own if own.dtype == torch.bool else own > _HIDDEN
 
 
-def layer_mask(mask: Any, positions: Tensor, *, seen: int, new: int, groups: int, holes: bool, plain: bool) -> Any:
-    """The columns of one layer's stored tokens, taken from a mask over all tokens seen.
-
-    Args:
-        mask: the shared mask, see ``real_tokens``; None if nothing is masked (rows have empty slots only if there is
-            padding, and so a mask).
-        positions: (B, H, n), the original positions of the stored tokens; -1 for an empty slot.
-        seen: tokens seen before the new ones, with padding.
-        new: the number of new tokens, q.
-        groups: attention heads per key-value head.
-        holes: whether ``positions`` has empty slots.
-        plain: whether ``mask`` hides no token of the past (see ``full_past``).
-
-    Returns:
-        None if nothing is masked; (B, n + q) for a mask of two dimensions; else (B, 1 or A, q, n + q) in the dtype
-        of ``mask``.
-    """
-    if mask is None:
-        return None
-    if plain and not holes:
-        return mask[..., seen - positions.shape[-1] :]
-    if mask.dim() == 2:
-        # Empty slots and padding are at the same slots in all heads of a row.
-        past = mask[:, :seen].gather(1, positions[:, 0].clamp(min=0).long())
-        return torch.cat([past.masked_fill(positions[:, 0] < 0, 0), mask[:, seen:]], dim=-1)
-    batch, heads = positions.shape[:2]
-    if mask.shape[1] > 1:
-        positions, heads, groups = positions.repeat_interleave(groups, dim=1), heads * groups, 1
-    mask = mask.expand(batch, heads, new, seen + new)
-    columns = positions[:, :, None].expand(-1, -1, new, -1)
-    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    past = mask[..., :seen].gather(-1, columns.clamp(min=0).long()).masked_fill(columns < 0, hidden)
-    return torch.cat([past, mask[..., seen:]], dim=-1).repeat_interleave(groups, dim=1)
+def _is_whole(own: Tensor) -> Tensor:
+    return (own if own.dim() == 2 else own.diagonal(dim1=-2, dim2=-1)).all()
 
 
-def _attends(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > _HIDDEN
+def _real(own: Tensor) -> Tensor:
+    return own if own.dim() == 2 else own.any(dim=(1, 2))

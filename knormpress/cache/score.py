@@ -53,7 +53,8 @@ def key_norms(tokens: StoredTokens) -> Tensor:
         (B, H, n) in float32, or in float64 for float64 keys.
     """
     keys = tokens.keys
-    norms: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.promote_types(keys.dtype, torch.float32))
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=dtype)
     return norms
 
 
@@ -76,16 +77,19 @@ def expect_score(score: object) -> None:
         pass
 
 
-def scores_of(score: Score, tokens: StoredTokens, real: Tensor | None) -> Tensor:
-    """The scores (B, H, n) of ``tokens``.
+def scores_of(score: Score, tokens: StoredTokens, real: Tensor | None) -> tuple[Tensor, Tensor, str]:
+    """The scores (B, H, n) of ``tokens``, with a check that nobody has waited for yet.
 
     Args:
         score: ranks them.
         tokens: what the layer holds.
         real: ``tokens.real``, or None if every slot is.
 
+    Returns:
+        the scores; a number that is 0 if they are finite for every real token, and else NaN; what to say of NaN.
+
     Raises:
-        KnormError: the scores have another shape, or are not finite for a real token.
+        KnormError: the scores have another shape.
     """
     scores = score(tokens)
     shape = tuple(tokens.keys.shape[:-1])
@@ -93,13 +97,13 @@ def scores_of(score: Score, tokens: StoredTokens, real: Tensor | None) -> Tensor
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise KnormError(f"the score {name_of(score)} returned {got}; wanted a tensor of shape (B, H, n) = {shape}")
     ranked = scores if real is None else scores.masked_fill(~real, 0)
-    # x - x is 0 only if x is finite. This is faster than isfinite, and unlike with min and max no NaN gets lost.
-    if not bool((ranked - ranked == 0).all()):
-        raise KnormError(
-            f"the score {name_of(score)} is NaN or infinite for a token of layer {tokens.layer}, so it can't be "
-            "ranked; look for an overflow in the model, or use a wider dtype"
-        )
-    return scores
+    # Unlike with min and max, no NaN gets lost in a sum.
+    return (
+        scores,
+        (ranked * 0).sum(),
+        f"the score {name_of(score)} is NaN or infinite for a token of layer {tokens.layer}, so it can't be ranked; "
+        "look for an overflow in the model, or use a wider dtype",
+    )
 
 
 def name_of(score: object) -> str:

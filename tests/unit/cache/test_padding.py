@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from knormpress import KnormCache, KnormPress
+from knormpress import KnormCache, KnormError, KnormPress
 from tests.oracle import position_ids
 from tests.strategies import left_padding, presses, tiny_model, tokens
 
@@ -126,3 +126,56 @@ def test_the_longest_row_goes_on_alone_and_needs_no_mask():
             ours = model(tokens(1, seed=seed), past_key_values=cache).logits
             theirs = model(tokens(1, seed=seed), past_key_values=alone).logits
             assert (ours - theirs).abs().max() < 1e-9
+
+
+@given(
+    press=presses(),
+    real=st.lists(st.lists(st.booleans(), min_size=14, max_size=14), min_size=2, max_size=3),
+    prompt=st.integers(4, 24),
+)
+@example(KnormPress(0.9, prune_after=8, skip_layers=(), schedule="iterative"), [[True] * 14, [True, False] * 7], 20)
+@example(KnormPress(0.5, prune_after=24, skip_layers=(), prune_interval=2), [[False, True] * 7, [True] * 14], 20)
+@settings(max_examples=20)
+def test_single_tokens_of_which_some_are_padding(press, real, prompt):
+    """Which are is on the device, and counted only where a row might be pruned."""
+    model, rows, new = tiny_model(), len(real), len(real[0])
+    ids = tokens(prompt + new, rows=rows)
+    mask = torch.cat([left_padding(prompt, *range(0, 3 * rows, 3)), torch.tensor(real).long()], dim=1)
+    positions, cache = position_ids(mask), KnormCache(model, press)
+    with torch.no_grad():
+        for start, end in [(0, prompt), *((at, at + 1) for at in range(prompt, prompt + new))]:
+            own = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            model(ids[:, start:end], past_key_values=cache, **own)
+    for row in range(rows):
+        alone, places = KnormCache(model, press), mask[row].nonzero()[:, 0]
+        with torch.no_grad():
+            for part in (places[places < prompt], *places[places >= prompt].split(1)):
+                if len(part):
+                    model(ids[row : row + 1, part], past_key_values=alone)
+        for layer, other in zip(cache.layers, alone.layers, strict=True):
+            for head in range(2):
+                kept = [place for place in layer.positions[row, head].tolist() if place >= 0 and mask[row, place]]
+                assert kept == places[other.positions[0, head].long()].tolist()
+
+
+def test_what_is_wrong_with_a_padded_batch_is_said_before_it_is_pruned_again():
+    """A decoded token of it waits for nothing, so the scores of one pruning are looked at by the next."""
+    model, ids, mask = tiny_model(), tokens(60, rows=2), left_padding(60, 0, 9)
+    positions = position_ids(mask)
+
+    def fails_later(held):
+        scores = held.keys.norm(dim=-1)
+        return scores * float("nan") if held.keys.shape[2] < 20 else scores
+
+    cache, pruned = KnormCache(model, PRESS, fails_later), set()
+
+    def decode():
+        for start, end in [(0, 24), *((place, place + 1) for place in range(24, 60))]:
+            own = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            model(ids[:, start:end], past_key_values=cache, **own)
+            pruned.add(cache.layers[1].pruned_at)
+
+    with torch.no_grad(), pytest.raises(KnormError, match="fails_later is NaN"):
+        decode()
+    assert max(pruned) < 40
+    assert len(pruned) == 2

@@ -128,3 +128,20 @@ def test_nan_for_padding_is_nobodys_business(model):
             for score in (nan_for_padding, key_norms)
         ]
     assert torch.equal(logits[0][0], logits[1][0])
+
+
+def test_what_was_pruned_by_a_wrong_score_stays_refused(model):
+    wrong = [True]
+
+    def sometimes(tokens: StoredTokens) -> torch.Tensor:
+        return _nan(tokens) if wrong[0] else key_norms(tokens)
+
+    with torch.inference_mode():
+        cache = KnormCache(model, PRESS, sometimes)
+        for _ in range(2):
+            with pytest.raises(KnormError, match="sometimes is NaN"):
+                model(IDS, past_key_values=cache)
+            wrong[0] = False
+        cache.reset()
+        ours = model(IDS, past_key_values=cache).logits
+        assert torch.equal(ours, model(IDS, past_key_values=KnormCache(model, PRESS)).logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,3 +105,43 @@ def test_gradients_flow_through_what_is_stored():
     tape.append(torch.ones(1, 1, 1, 2))
     tape.append(torch.ones(1, 1, 1, 2)).sum().backward()
     assert torch.equal(first.grad, torch.ones_like(first))
+
+
+@torch.no_grad()
+def test_a_tape_that_grows_keeps_room_and_goes_on_in_it():
+    tape = Tape()
+    tape.append(torch.randn(1, 2, 100, 4))
+    assert tape.spare(50, 64) == 0
+    tape.append(torch.randn(1, 2, 1, 4))
+    room = tape.spare(50, 9)
+    assert room == 9
+    store = torch.randn(1, 2, 50 + room, 4)
+    assert torch.equal(tape.hold(store, 50), store[:, :, :50])
+    for slots in range(51, 60):
+        new = torch.randn(1, 2, 1, 4)
+        assert torch.equal(tape.append(new, 9)[:, :, -1:], new)
+        assert (tape.length, tape.view.data_ptr()) == (slots, store.data_ptr())
+    assert tape.append(torch.randn(1, 2, 1, 4), 9).data_ptr() != store.data_ptr()
+
+
+@torch.no_grad()
+def test_a_copy_writes_to_room_of_its_own():
+    tape = Tape()
+    for slots in (100, 1, 1):
+        tape.append(torch.zeros(1, 1, slots, 4))
+    twin = copy.deepcopy(tape)
+    twin.append(torch.ones(1, 1, 1, 4))
+    tape.append(torch.full((1, 1, 1, 4), 2.0))
+    assert (twin.view[..., -1, :].unique().tolist(), tape.view[..., -1, :].unique().tolist()) == ([1.0], [2.0])
+    assert twin.nbytes == tape.nbytes
+
+
+def test_room_made_in_inference_mode_is_written_to_outside():
+    tape = Tape()
+    with torch.inference_mode():
+        for slots in (100, 1, 1):
+            tape.append(torch.zeros(1, 1, slots, 4))
+    address = tape.view.data_ptr()
+    with torch.no_grad():
+        assert tape.append(torch.ones(1, 1, 1, 4))[0, 0, -1].tolist() == [1.0] * 4
+    assert tape.view.data_ptr() == address

@@ -281,7 +281,7 @@ def masks_again(self: KnormCache, *arguments: Any) -> tuple[Any, bool]:
         (Tape, "append", copied_by_cat, {"moved", "allocated"}, "decode"),
         (KnormLayer, "update", made_contiguous, {"ops", "moved", "allocated"}, "decode"),
         (KnormLayer, "update", read_by_the_host, {"host_reads"}, "decode"),
-        (layer, "select", selected_twice, {"ops", "host_reads"}, "decode"),
+        (layer, "select", selected_twice, {"ops", "moved"}, "decode"),
         (layer, "budget", not_while_decoding, {"flops"}, "decode"),
         (KnormCache, "mask_for", with_a_mask, {"ops", "allocated"}, "decode"),
         (KnormCache, "mask_for", masks_again, {"ops", "host_reads"}, "prefill"),
