@@ -30,6 +30,7 @@ TARGETS = pytest.StashKey[list[Target]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--peers-table", metavar="FILE", help="replace the table of peers in this Markdown file")
     parser.addoption("--performance-table", metavar="FILE", help="replace the table of targets in this Markdown file")
 
 
