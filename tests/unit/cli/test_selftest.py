@@ -42,7 +42,7 @@ def options(pytester: pytest.Pytester, model_folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(selftest, "_pytest", run)
     monkeypatch.chdir(pytester.path)
     given = {"model": model_folder, "corpus": model_folder / "text.txt", "device": "cpu", "prune_after": 16}
-    given |= {"samples": 2, "keep_ratios": "0.5", "ppl_tolerance": "1e6"}
+    given |= {"samples": 8, "keep_ratios": "0.5", "ppl_tolerance": "1e6"}
     return shlex.join(f"--knorm-{name.replace('_', '-')}={value}" for name, value in given.items())
 
 

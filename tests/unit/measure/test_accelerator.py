@@ -149,6 +149,8 @@ def test_no_clock_is_read_elsewhere() -> None:
         if any(clock in path.read_text(encoding="utf-8") for clock in clocks)
     }
     waited = {"compare/commits.py", "measure/pairs.py", "tune/search.py"}
+    # It makes a method slower, and times nothing.
+    waited.add("measure/losses.py")
     assert found - waited == {"measure/calibration.py", "measure/latency.py"}
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from knormpress.compare.verdicts import THRESHOLDS, Finding, Verdict, judge
 from knormpress.show.verdict_table import count_words, verdict_lines, verdict_markdown, worst_first
 from knormpress.stats.intervals import Change
-from tests.entry_factory import make_entry
+from tests.entry_factory import make_entry, make_tasks
 
 
 def test_the_worst_comes_first_with_every_figure() -> None:
-    slower = judge([make_entry()], [make_entry(tpot=40.0)], THRESHOLDS, "against aaa")
+    before, now = (
+        entry.model_copy(update={"lm_eval": make_tasks()}) for entry in (make_entry(), make_entry(tpot=40.0))
+    )
+    slower = judge([before], [now], THRESHOLDS, "against aaa")
     verdicts = [Verdict("tests/a.py::test_a", "ok", "against aaa"), slower]
     assert [verdict.word for verdict in worst_first(verdicts)] == ["regressed", "ok"]
     assert count_words(verdicts) == "1 regressed, 1 ok"
