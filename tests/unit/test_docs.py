@@ -211,7 +211,7 @@ QUICK = ["--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1
 MADE_QUICK = {
     "sweep": QUICK,
     "baseline": QUICK,
-    "tune": ["--minutes", "0.3", "--context", "512"],
+    "tune": ["--minutes", "1", "--context", "512"],
     "lm-eval": ["--limit", "1"],
 }
 """What commands get where a page leaves it open, so that they take seconds: of two equal options the last holds."""
