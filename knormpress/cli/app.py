@@ -190,6 +190,7 @@ def plot(
     """Draw the pictures of a sweep or of a plan.
 
     Four pictures for the longest prompts. With several prompt lengths, one more shows how time grows with the context.
+    Where something was asked, one more shows what is found; where the cost was counted, one more shows that.
 
     \b
     Examples:

@@ -274,10 +274,14 @@ class Cost(Strict):
         """The candidate's figure, for the prefill or for one decoded token."""
         return self._figure(self.candidate_prefill, self.candidate_decode, phase, name)
 
+    def ratio(self, phase: Phase, name: Counted) -> float:
+        """The candidate's figure divided by the full cache's; NaN if that is 0."""
+        full = self.full(phase, name)
+        return self.candidate(phase, name) / full if full else math.nan
+
     def change(self, phase: Phase, name: Counted) -> Change:
         """The change of a figure. It is counted exactly, so the interval is the figure itself. NaN if it was 0."""
-        full = self.full(phase, name)
-        change = percent(self.candidate(phase, name) / full) if full else math.nan
+        change = percent(self.ratio(phase, name))
         return Change(change, change, change)
 
     def _figure(self, prefill: Counts, decode: Counts, phase: Phase, name: Counted) -> float:

@@ -258,7 +258,7 @@ def _counted(records: Sequence[Record]) -> Table:
         for phase in phases:
             changes = [str(cost.change(phase, name)) for name in names[:-1]]
             reads = f"{cost.candidate(phase, 'host_reads'):.3g}"
-            table.add_row(record.label if phase == phases[0] else "", phase, *changes, reads)
+            table.add_row(record.row if phase == phases[0] else "", phase, *changes, reads)
     return table
 
 

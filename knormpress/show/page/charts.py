@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from knormpress.errors import KnormError
 from knormpress.records.schema import Record
+from knormpress.show.page.cost import cost_charts
 from knormpress.show.page.parts import Block, Chart, Charts, Heading
 from knormpress.show.page.settings import Family
 from knormpress.show.page.words import interval
@@ -44,7 +45,7 @@ def chart_blocks(families: Sequence[Family]) -> Iterator[Block]:
     for family, group in groups:
         if len(groups) > 1:
             yield Heading(", ".join(filter(None, (group[0].policy.method, family.title))))
-        yield Charts((_tradeoff(group), *_panels(group), *_found(group)))
+        yield Charts((_tradeoff(group), *_panels(group), *cost_charts(group), *_found(group)))
 
 
 def scaling_blocks(records: Sequence[Record]) -> Iterator[Block]:

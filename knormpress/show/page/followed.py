@@ -64,8 +64,7 @@ def _ratio(name: Timed) -> Callable[[Entry], float]:
 
 
 def _moved(entry: Entry) -> float:
-    full = entry.cost.full("decode", "moved") if entry.cost else 0.0
-    return entry.cost.candidate("decode", "moved") / full if entry.cost and full else math.nan
+    return entry.cost.ratio("decode", "moved") if entry.cost else math.nan
 
 
 FIGURES = (

@@ -26,6 +26,7 @@ from knormpress.records.plan import Plan
 from knormpress.records.schema import Entry, Record
 from knormpress.show.page import past, words
 from knormpress.show.page.charts import CHART_STYLE, chart_blocks, inline_svg, is_large, scaling_blocks
+from knormpress.show.page.cost import agreement_blocks
 from knormpress.show.page.followed import tests_of
 from knormpress.show.page.markdown import render_markdown
 from knormpress.show.page.numbers import downloads
@@ -99,7 +100,7 @@ def build_sections(
     verdicts, note = past.judge(history, thresholds)
     followed = list(follow(tests_of(history.entries)))
     with matplotlib_style.context(["default", STYLE, CHART_STYLE]):
-        charts = (*chart_blocks(grouped), *scaling_blocks(cells))
+        charts = (*chart_blocks(grouped), *scaling_blocks(cells), *agreement_blocks(cells))
         plan_parts = tuple(plan_blocks(plans))
         history_blocks = tuple(past.past_blocks(history, verdicts, followed))
     sections = [

@@ -8,6 +8,7 @@ from knormpress.compare.promises import Judgement, judge_claims, judge_targets, 
 from knormpress.compare.settings import differences
 from knormpress.records.figures import ROUNDING_KL, Speed, ppl_change_between
 from knormpress.records.schema import Record
+from knormpress.show.page.cost import cost_tables
 from knormpress.show.page.parts import Block, Cell, Facts, Heading, Line, Statement, Statements, Table, Tone, Words
 from knormpress.show.page.settings import NOISE, Family, is_control, listed
 from knormpress.show.pictures.style import pretty, three_digits
@@ -68,6 +69,12 @@ DEFINITIONS = Facts(
             "that the full cache finds, with Wilson's 95 % interval. Higher is better.",
         ),
         ("Cache bytes", "Bytes of storage that the cache holds after the prompt, counted exactly."),
+        (
+            "Counted cost",
+            "Operators, bytes moved and allocated, floating-point operations, and how often the host waits for a "
+            "number, in the prefill and in a decoded token. It is the same on every machine with the same software and "
+            "kind of device, but it does not see what happens inside an operator. Lower is better.",
+        ),
         (
             "Control",
             "A method that must be worse (random, highest-norm, recent-window), or the full cache against itself, "
@@ -203,6 +210,7 @@ def table_blocks(families: Sequence[Family]) -> Iterator[Block]:
                 row_heads=2,
                 folded=True,
             )
+        yield from cost_tables(records)
 
 
 def _method(record: Record) -> Cell:

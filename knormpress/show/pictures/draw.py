@@ -17,6 +17,7 @@ from knormpress.files import make_folder, writing
 from knormpress.records.plan import Plan
 from knormpress.records.schema import Record
 from knormpress.show.pictures.comprehensive import draw_comprehensive
+from knormpress.show.pictures.cost import draw_cost
 from knormpress.show.pictures.frontier import draw_frontier
 from knormpress.show.pictures.kept import draw_kept
 from knormpress.show.pictures.retrieval import draw_retrieval
@@ -27,7 +28,7 @@ from knormpress.show.pictures.summary import draw_summary
 from knormpress.show.pictures.table import draw_table
 from knormpress.show.pictures.tradeoff import draw_tradeoff
 
-__all__ = ["draw_all", "draw_plan", "select", "select_lengths"]
+__all__ = ["draw_all", "draw_plan", "select", "select_counted", "select_lengths"]
 
 _NEVER_MIXED = ("model", "dtype", "text", "device", "threads")
 # The number of scored tokens may depend on the length; records that differ in it still have comparable times.
@@ -37,7 +38,8 @@ _FOLLOWS_LENGTH = ("prompt tokens", "context tokens", "scored tokens")
 def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
     """Draw the pictures into ``folder`` and return their paths.
 
-    There are four; one more if something was asked (retrieval), and one more if there are several prompt lengths.
+    There are four; one more if something was asked (retrieval), one if there are several prompt lengths, and one if
+    the cost was counted.
 
     Each is 1600 pixels wide and 1000 high, except for the table, whose height depends on its records. A file is never
     left half written.
@@ -60,6 +62,9 @@ def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
         lengths, left_out = select_lengths(records)
         if lengths:
             pictures["knormpress_scaling.png"] = draw_scaling(lengths, left_out)
+        counted, timed, left_out = select_counted(records)
+        if counted:
+            pictures["knormpress_cost.png"] = draw_cost(counted, timed, left_out)
         return [_save(picture, folder / name) for name, picture in pictures.items()]
 
 
@@ -122,6 +127,29 @@ def select_lengths(records: Iterable[Record]) -> tuple[list[Record], str]:
     shown = {length for length, _ in cells}
     others = sorted({_length(record) for record in records} - shown)
     return (list(cells.values()), _note(notes, others)) if len(shown) > 1 else ([], "")
+
+
+def select_counted(records: Iterable[Record]) -> tuple[list[Record], list[Record], str]:
+    """The records whose counted cost is shown, those whose cost is compared with their time, and a note as ``select``.
+
+    Compared are the records of ``select_lengths``, or of ``select`` if there is one length, that have a cost. Those of
+    the longest prompt are shown, from the highest keep ratio down, with the plans that were counted beside them. There
+    are none if no cost was counted.
+
+    Raises:
+        KnormError: as ``select``.
+    """
+    records = list(records)
+    timed = [record for record in select_lengths(records)[0] or select(records)[0] if record.cost]
+    if not timed:
+        return [], [], ""
+    longest = max(timed, key=_length)
+    beside = next(group for group in group_records(records) if any(record is longest for record in group))
+    shown = [record for record in beside if record.cost]
+    plans = {id(record) for record in shown} - set(map(id, timed))
+    rest = [record for record in records if id(record) not in plans]
+    lengths, left_out = select_lengths(rest)
+    return shown, timed, left_out if lengths else select(rest)[1]
 
 
 def _of_one_method(records: Iterable[Record]) -> tuple[list[Record], list[str]]:

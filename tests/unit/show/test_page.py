@@ -94,7 +94,7 @@ def test_the_page_is_well_formed_for_those_who_hear_it() -> None:
 def test_equal_records_give_equal_pages() -> None:
     first, second = page_of([make_record(0.9)]), page_of([make_record(0.9)])
     assert first == second
-    assert first.count("<svg") == 8
+    assert first.count("<svg") == 9
 
 
 def test_hostile_names_stay_text() -> None:
@@ -169,7 +169,7 @@ def test_markdown_holds_the_verdicts_and_tables_but_no_chart(tmp_path: Path) -> 
     assert "| Keep ratio | Method | TTFT |" in text
     assert "(the plan)" in text
     assert "svg" not in text
-    assert page.read_text(encoding="utf-8").count("<svg") == 8 + 3
+    assert page.read_text(encoding="utf-8").count("<svg") == 9 + 3
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"r.html", "r.md"}
 
 

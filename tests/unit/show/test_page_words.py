@@ -13,6 +13,7 @@ from knormpress.records.history import History
 from knormpress.records.plan import Plan
 from knormpress.records.schema import Record
 from knormpress.show.page import report
+from knormpress.show.page.cost import agreement_blocks, cost_tables
 from knormpress.show.page.markdown import render_markdown
 from knormpress.show.page.parts import Charts, Heading, Section, Statements, Table, Words
 from knormpress.show.page.report import build_sections
@@ -28,7 +29,8 @@ NOTHING = History(())
 
 @pytest.fixture(autouse=True)
 def _no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "chart_blocks", lambda families: ())
+    for name in ("chart_blocks", "agreement_blocks"):
+        monkeypatch.setattr(report, name, lambda records: ())
 
 
 class Report:
@@ -103,7 +105,7 @@ def test_records_that_differ_are_grouped_and_the_difference_named() -> None:
 def test_every_figure_of_a_record_is_in_its_tables() -> None:
     record = make_record(0.9, found=0.75)
     latency, memory, quality = record.latency, record.memory, record.quality
-    changes, figures, more = (
+    changes, figures, more, counted = (
         block for block in Report([record]).sections["results"].blocks if isinstance(block, Table)
     )
     shown = [cell if isinstance(cell, str) else cell[0] for cell in changes.rows[0]]
@@ -131,15 +133,45 @@ def test_every_figure_of_a_record_is_in_its_tables() -> None:
         str(quality.decoded),
     ]
     assert more.rows[0][6][1].endswith(f"; {quality.long_range_tokens} tokens")
+    assert counted.folded
+    assert record.cost is not None
+    for row, phase in zip(counted.rows, ("decode", "prefill"), strict=True):
+        ratios = [record.cost.ratio(phase, name) for name in ("ops", "moved", "flops", "allocated", "host_reads")]
+        assert [float(text) for text in row[3:]] == pytest.approx(ratios, abs=0.0005)
+
+
+def test_the_plan_has_a_row_of_its_own_and_what_the_full_cache_lacks_has_no_ratio() -> None:
+    record = make_record(0.9)
+    assert record.cost is not None
+    nothing = record.cost.baseline_prefill.model_copy(update={"flops": 0})
+    without = record.model_copy(update={"cost": record.cost.model_copy(update={"baseline_prefill": nothing})})
+    plan = make_record(0.9, plan=(1.0, 0.6))
+    (counted,) = cost_tables([without, plan, make_record(0.7).model_copy(update={"cost": None})])
+    assert isinstance(counted, Table)
+    assert [row[0] for row in counted.rows] == ["0.9", "0.9", "plan 0.80", "plan 0.80"]
+    assert [row[5] for row in counted.rows] == ["1.000", "-", "1.000", "1.000"]
+
+
+def test_the_page_says_how_far_counted_and_timed_cost_agree_if_there_are_points_for_it() -> None:
+    records = make_records([0.9, 0.7, 0.5])
+    charts, words = agreement_blocks(records)
+    assert isinstance(charts, Charts)
+    assert isinstance(words, Words)
+    assert words.text.endswith("over 3 points: 1.00.")
+    assert charts.charts[0].words.startswith(words.text)
+    uncounted = records[0].model_copy(update={"cost": None})
+    assert list(agreement_blocks([uncounted, *records[1:]])) == []
+    assert list(agreement_blocks([*records, make_record(0.3, device="cuda")])) == []
 
 
 def test_records_of_earlier_versions_have_no_table_beyond_the_mean() -> None:
     """What one record lacks is a dash beside what others have."""
     old = without_more(make_record(0.8), "token_kl", "local_nll", "decoded_nll")
+    old = old.model_copy(update={"cost": None})
     tables = [block for block in Report([old]).sections["results"].blocks if isinstance(block, Table)]
     assert len(tables) == 2
     half = without_more(make_record(0.7), "local_nll", "token_kl")
-    *_, more = (block for block in Report([old, half]).sections["results"].blocks if isinstance(block, Table))
+    *_, more, _ = (block for block in Report([old, half]).sections["results"].blocks if isinstance(block, Table))
     assert [row[0] for row in more.rows] == ["0.7"]
     assert more.rows[0][2:7] == ("-",) * 5
 

@@ -64,7 +64,7 @@ def test_four_pictures_of_the_stated_size_whose_texts_are_apart(
     records = make_records(RATIOS[count], created="2026-05-01T10:00:00+00:00", **parameters)
     paths = draw_all(records, tmp_path)
     asked = ["knormpress_retrieval.png"] if "found" in parameters else []
-    assert [path.name for path in paths] == NAMES + asked
+    assert [path.name for path in paths] == [*NAMES, *asked, "knormpress_cost.png"]
     assert {size(path) for path in paths if path.name != NAMES[3]} == {(1600, 1000)}
     assert size(paths[3])[0] == 1600
     assert len(drawn) == len(paths)
@@ -116,8 +116,8 @@ def test_the_picture_of_several_prompt_lengths(count: int, lengths: tuple[int, .
 
 def test_several_prompt_lengths_are_drawn_beside_the_other_pictures(tmp_path: Path) -> None:
     paths = draw_all([make_record(0.9), make_record(0.9, prompt_tokens=512)], tmp_path)
-    assert [path.name for path in paths] == [*NAMES, "knormpress_scaling.png"]
-    assert size(paths[-1]) == (1600, 1000)
+    assert [path.name for path in paths] == [*NAMES, "knormpress_scaling.png", "knormpress_cost.png"]
+    assert size(paths[-2]) == size(paths[-1]) == (1600, 1000)
 
 
 def test_the_lines_are_the_full_caches_medians_and_the_paired_changes() -> None:
