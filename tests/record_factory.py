@@ -12,7 +12,7 @@ from knormpress.records.figures import Cost, Counts, DocumentScore, Latency, Mem
 from knormpress.records.retrieval import Answer, Item, Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 
-__all__ = ["make_record", "make_records", "make_retrieval", "without_more"]
+__all__ = ["make_planned", "make_record", "make_records", "make_retrieval", "without_more"]
 
 # Changes in % at a few keep ratios, of the size that a small model shows on a CPU; between them they are interpolated.
 _RATIOS = (0.05, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
@@ -35,6 +35,8 @@ def make_record(
     prompt_tokens: int = 1024,
     new_tokens: int = 64,
     prefill_chunk: int | None = None,
+    candidate_chunk: int | None = None,
+    reused_tokens: int | None = None,
     ttft_cold_s: float | None = None,
     weights_tpot_s: float | None = None,
     method: str = "knorm",
@@ -104,6 +106,8 @@ def make_record(
             samples=documents,
             context_tokens=prompt_tokens,
             scored_tokens=scored,
+            candidate_chunk=candidate_chunk,
+            reused_tokens=reused_tokens,
         ),
         latency=Latency(
             baseline=tuple(run(round_, 1.0, 1.0) for round_ in range(rounds)),
@@ -174,6 +178,13 @@ def without_more(record: Record, *names: str) -> Record:
     """``record`` without the figures called ``names`` of each token, as earlier versions stored it."""
     documents = tuple(one.model_copy(update=dict.fromkeys(names, ())) for one in record.quality.documents)
     return record.model_copy(update={"quality": Quality(documents=documents)})
+
+
+def make_planned(**parameters: Any) -> list[Record]:
+    """A plan whose prompt comes whole, in chunks, and behind a saved context, with the TTFT that each may have."""
+    plan = {"plan": (0.9, 0.1, 0.2), "prompt_tokens": 4096, **parameters}
+    chunked, reused = {"candidate_chunk": 1024, "ttft": -30.0}, {"reused_tokens": 4064, "ttft": -88.0}
+    return [make_record(**{**plan, **way}) for way in ({}, chunked, reused)]
 
 
 def make_records(keep_ratios: Iterable[float], **parameters: Any) -> list[Record]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from knormpress.compare.settings import comparable, newest
 from knormpress.records.schema import Record, ratio_label
 from knormpress.stats.intervals import Change, percent
 
@@ -22,7 +23,8 @@ class Judgement:
     """A promise of the guide, compared with the measurement.
 
     ``met`` is about the measured change itself. ``crosses`` says that the interval contains the limit, so that another
-    measurement may have the other result (None: there is no interval). ``why`` explains a claim that is not met.
+    measurement may have the other result (None: there is no interval). ``why`` explains a claim that is not met, and
+    ``way`` is that of the record.
     """
 
     kind: Literal["target", "claim"]
@@ -33,11 +35,12 @@ class Judgement:
     met: bool
     crosses: bool | None
     why: str | None = None
+    way: str = ""
 
     @property
     def label(self) -> str:
-        """The keep ratio as text."""
-        return ratio_label(self.keep_ratio)
+        """The keep ratio as text, and the way of the prompt if it is not the full cache's."""
+        return f"{ratio_label(self.keep_ratio)} {self.way}".rstrip()
 
     @property
     def word(self) -> str:
@@ -105,7 +108,8 @@ def losses(records: Iterable[Record]) -> list[str]:
 
 
 def _place(record: Record) -> str:
-    return f"{'Under the plan of' if record.policy.layer_keep_ratios else 'At'} keep ratio {record.label}"
+    way = {"": "", "in chunks": ", its prompt in chunks,", "reused": ", its context reused,"}[record.way]
+    return f"{'Under the plan of' if record.policy.layer_keep_ratios else 'At'} keep ratio {record.label}{way}"
 
 
 def _why_ttft(record: Record, all_records: Sequence[Record]) -> str:
@@ -114,6 +118,10 @@ def _why_ttft(record: Record, all_records: Sequence[Record]) -> str:
     else:
         why = "TTFT: every chunk of the prompt is still computed; pruning only shortens the past that it attends to"
     why += "; even without computing the dropped tokens, at most about 1 - keep ratio of the linear part is saved."
+    others = [other for other in newest(all_records) if other.way and comparable(other, record)]
+    if others:
+        ways = "; ".join(f"{' '.join(other.row.split())}, {other.latency.ttft}" for other in others)
+        why += f" What shortens it is the way of the prompt: {ways}."
     for other in all_records:
         cold = other.latency.ttft_cold_s
         if cold is not None:
@@ -141,4 +149,4 @@ def _judge(
     crosses = None
     if measured.low is not None and measured.high is not None:
         crosses = any(measured.low < limit < measured.high for limit in (least, most))
-    return Judgement(kind, what, record.keep_ratio, promised, measured, met, crosses, None if met else why)
+    return Judgement(kind, what, record.keep_ratio, promised, measured, met, crosses, None if met else why, record.way)

@@ -6,22 +6,23 @@ from collections.abc import Iterable, Sequence
 
 from knormpress.records.schema import Record
 
-__all__ = ["differences", "group_records", "newest", "setting"]
+__all__ = ["comparable", "differences", "group_records", "newest", "setting"]
 
 
 def group_records(records: Iterable[Record]) -> list[list[Record]]:
     """Group the records that differ only in keep ratio; each group is sorted from the highest keep ratio down.
 
-    A plan joins the first group that it can be compared with. Of the records of one cell only the newest is used, see
+    A plan joins the first group that it can be compared with, and so do further records of it in which the prompt came
+    in another way than the full cache's; these stand below it. Of the records of one cell only the newest is used, see
     ``newest``.
     """
     groups: dict[tuple[object, ...], dict[object, Record]] = {}
-    for record in sorted(newest(records), key=lambda record: record.policy.layer_keep_ratios is not None):
+    for record in sorted(newest(records), key=_order):
         key = tuple(setting(record).values())
-        if record.policy.layer_keep_ratios:
-            beside = (group for group, cells in groups.items() if _comparable(record, next(iter(cells.values()))))
+        if record.policy.layer_keep_ratios or record.way:
+            beside = (group for group, cells in groups.items() if comparable(record, next(iter(cells.values()))))
             key = next(beside, key)
-        groups.setdefault(key, {})[_ratios(record)] = record
+        groups.setdefault(key, {})[_cell(record)] = record
     return [sorted(cells.values(), key=lambda record: -record.keep_ratio) for cells in groups.values()]
 
 
@@ -32,7 +33,7 @@ def newest(records: Iterable[Record]) -> list[Record]:
     """
     cells: dict[tuple[object, ...], Record] = {}
     for record in records:
-        cell = (*(value for name, value in setting(record).items() if name != "commit"), _ratios(record))
+        cell = (*(value for name, value in setting(record).items() if name != "commit"), _cell(record))
         cells.pop(cell, None)
         cells[cell] = record
     return list(cells.values())
@@ -67,6 +68,7 @@ def setting(record: Record) -> dict[str, object]:
         "prompt tokens": conditions.prompt_tokens,
         "new tokens": conditions.new_tokens,
         "prefill chunk": conditions.prefill_chunk,
+        "way of the prompt": record.way or "whole",
         "samples": conditions.samples,
         "context tokens": conditions.context_tokens,
         "scored tokens": conditions.scored_tokens,
@@ -74,11 +76,18 @@ def setting(record: Record) -> dict[str, object]:
     }
 
 
-def _comparable(plan: Record, other: Record) -> bool:
-    """Whether a plan's record differs from another one only in what a plan decides."""
-    return not set(differences([plan, other])) - {"kind of ratio", "skip_layers", "keep_recent"}
+def comparable(plan: Record, other: Record) -> bool:
+    """Whether a plan's record differs from another one only in what a plan decides, and in the way of the prompt."""
+    return not set(differences([plan, other])) - {"kind of ratio", "skip_layers", "keep_recent", "way of the prompt"}
 
 
-def _ratios(record: Record) -> object:
-    policy = record.policy
-    return (policy.layer_keep_ratios, policy.layer_scores) if policy.layer_keep_ratios else policy.keep_ratio
+def _order(record: Record) -> tuple[bool, bool, bool]:
+    """Single ratios, then plans, then those whose prompt came in another way: in chunks, and reused."""
+    conditions = record.conditions
+    return record.policy.layer_keep_ratios is not None, bool(record.way), conditions.reused_tokens is not None
+
+
+def _cell(record: Record) -> object:
+    policy, conditions = record.policy, record.conditions
+    ratios = (policy.layer_keep_ratios, policy.layer_scores) if policy.layer_keep_ratios else policy.keep_ratio
+    return ratios, conditions.candidate_chunk, conditions.reused_tokens

@@ -22,7 +22,7 @@ from transformers import Cache, PreTrainedModel
 from knormpress.errors import KnormError
 from knormpress.measure.calibration import calibrate
 from knormpress.measure.pairs import Pairs, Repeat, in_turn, until_enough
-from knormpress.measure.prefill import prefill
+from knormpress.measure.prefill import Way, begun, prefill
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of
 from knormpress.records.figures import Latency, Run
@@ -97,6 +97,7 @@ def measure_latency(
     precision: float | None = None,
     seconds: float = math.inf,
     prefill_chunk: int | None = None,
+    way: Way | None = None,
     cold_s: float | None = None,
     baseline: Method | None = None,
     after_run: Callable[[], None] = lambda: None,
@@ -113,6 +114,8 @@ def measure_latency(
         precision: continue until both ends of the 95 % intervals of TTFT's and TPOT's change are within this many
             percent of the change; None stops at ``rounds``.
         seconds: after ``rounds``, start no more A B B A once this time has passed.
+        way: how the candidate takes the prompt; as the full cache does unless given. A context that it reuses is
+            computed and saved before any clock starts; loading it is in the time.
         cold_s: recorded as the time of the process's first call.
         baseline: what is measured in turn with ``method``; the full cache unless given.
         after_run: called after each run, with warm-up.
@@ -121,21 +124,22 @@ def measure_latency(
     Raises:
         KnormError: ``rounds`` is below 1, or as for ``time_generation``.
     """
-    baseline = baseline or FullCache()
+    way = way or Way(prefill_chunk)
 
-    def run(which: Method, tokens: int) -> Run:
+    def run(which: Method, ids: Tensor, chunk: int | None, tokens: int) -> Run:
         with caches_of(which, model) as new_cache:
-            timed = time_generation(model, prompt, new_cache, new_tokens=tokens, prefill_chunk=prefill_chunk)
+            timed = time_generation(model, ids, new_cache, new_tokens=tokens, prefill_chunk=chunk)
         after_run()
         return timed
 
-    with _imports_exempt_from_collection():
-        for which in (baseline, method):
-            run(which, min(new_tokens, _WARM_UP_TOKENS))
+    with begun(model, method, prompt, way) as (candidate, left), _imports_exempt_from_collection():
+        full, own = (baseline or FullCache(), prompt, prefill_chunk), (candidate, left, way.chunk)
+        for side in (full, own):
+            run(*side, min(new_tokens, _WARM_UP_TOKENS))
         speed_before = calibrate(prompt.device)
         pairs = in_turn(
-            lambda: run(baseline, new_tokens),
-            lambda: run(method, new_tokens),
+            lambda: run(*full, new_tokens),
+            lambda: run(*own, new_tokens),
             rounds=rounds,
             is_precise=None if precision is None else lambda pairs: are_precise(pairs, precision),
             seconds=seconds,

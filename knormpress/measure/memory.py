@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from knormpress.cache.layer import KnormLayer
 from knormpress.errors import KnormError
-from knormpress.measure.prefill import decode, prefill, slots_of
+from knormpress.measure.prefill import Way, begun, decode, prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy, share
@@ -42,6 +42,7 @@ def measure_memory(
     prompt: Tensor,
     *,
     prefill_chunk: int | None = None,
+    way: Way | None = None,
     decoded_tokens: int = 0,
     policy: Policy | None = None,
     after_run: Callable[[], None] = lambda: None,
@@ -55,6 +56,8 @@ def measure_memory(
         method: makes the candidate's cache.
         prompt: (1, n) token ids on the model's device.
         prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
+        way: how the candidate takes the prompt; as the full cache does unless given. Computing a context that it reuses
+            is not in the readings.
         decoded_tokens: after the prompt, decode this many tokens and read the caches' bytes again; 0 decodes none. The
             last 32 are chosen and fed one by one; those before them are the prompt's, fed by ``prefill.decode``.
         policy: what the method should follow; its own ``press`` unless given.
@@ -64,11 +67,12 @@ def measure_memory(
         KnormError: the method made no cache, its cache holds nothing, or it should drop tokens and holds as much as the
             full cache; or a proportional policy is in use, and its bound was passed while decoding.
     """
-    sides = []
-    for which in (FullCache(), method):
-        sides.append(_memory_of(model, which, prompt, prefill_chunk, decoded_tokens))
-        after_run()
-    full, own = sides
+    way = way or Way(prefill_chunk)
+    full = _memory_of(model, FullCache(), prompt, prefill_chunk, decoded_tokens)
+    after_run()
+    with begun(model, method, prompt, way) as (candidate, left):
+        own = _memory_of(model, candidate, left, way.chunk, decoded_tokens)
+    after_run()
     memory = Memory(
         baseline_cache_bytes=full.prompt_bytes,
         candidate_cache_bytes=own.prompt_bytes,

@@ -1,20 +1,43 @@
-"""Fill a cache with a prompt, the first step of every measurement."""
+"""Fill a cache with a prompt, the first step of every measurement.
+
+A candidate may take the prompt in another *way* than the full cache does: in chunks, or for the most part from a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from knormpress.cache.cache import KnormCache
+from knormpress.cache.layer import KnormLayer
+from knormpress.cache.score import Score
 from knormpress.errors import KnormError
 from knormpress.methods.method import Method, caches_of, describe_method
 from knormpress.policy.policy import Policy
 
-__all__ = ["decode", "expect_pruned", "filled_cache", "prefill", "slots_of"]
+__all__ = ["Way", "begun", "can_be_reused", "decode", "expect_pruned", "filled_cache", "prefill", "slots_of"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a prompt gets into a cache.
+
+    Args:
+        chunk: the most tokens in one forward pass; None sends the prompt in one pass.
+        question: only this many tokens at the end of the prompt (>= 1) are computed; a ``KnormCache`` with those before
+            them, the context, was saved and is loaded. None computes all of them.
+    """
+
+    chunk: int | None = None
+    question: int | None = None
 
 
 def prefill(model: PreTrainedModel, prompt: Tensor, cache: Cache, *, chunk: int | None = None) -> Tensor:
@@ -58,8 +81,69 @@ def decode(model: PreTrainedModel, ids: Tensor, cache: Cache) -> None:
 
 
 @contextmanager
+def begun(model: PreTrainedModel, method: Method, prompt: Tensor, way: Way) -> Iterator[tuple[Method, Tensor]]:
+    """Yield a method whose caches begin with the part of ``prompt`` that ``way`` reuses, and the tokens left to send.
+
+    The context is computed, pruned by ``method`` and saved once, in a temporary folder; each new cache is loaded from
+    there. Where nothing is reused, these are ``method`` and ``prompt`` themselves.
+
+    Raises:
+        KnormError: the prompt has no context before the question, or the method's cache can't be saved.
+    """
+    if way.question is None:
+        yield method, prompt
+        return
+    context, question = prompt[:, : -way.question], prompt[:, -way.question :]
+    if not 0 < question.shape[-1] < prompt.shape[-1]:
+        raise KnormError(
+            f"a prompt of {prompt.shape[-1]} tokens has no context before a question of {way.question}; "
+            "wanted at least 1 token of each"
+        )
+    with torch.inference_mode(), caches_of(method, model) as new_cache:
+        cache = new_cache()
+        prefill(model, context, cache, chunk=way.chunk)
+    with _saved(cache, method) as saved:
+        yield saved, question
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A method whose caches are loaded from a file."""
+
+    path: Path
+    score: Score | None
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Iterator[Callable[[], Cache]]:
+        yield lambda: KnormCache.load(self.path, model, self.score)
+
+
+@contextmanager
+def _saved(cache: Cache, method: Method) -> Iterator[_Saved]:
+    """Save ``cache`` in a temporary folder, for as long as the context is open."""
+    if not isinstance(cache, KnormCache):
+        raise KnormError(
+            f"the cache of {describe_method(method)} is a {type(cache).__name__}; wanted a KnormCache to save"
+        )
+    # Where a loaded cache still maps the file, Windows does not delete it.
+    with TemporaryDirectory(prefix="knormpress-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "context.safetensors"
+        cache.save(path)
+        yield _Saved(path, cache.score)
+
+
+def can_be_reused(model: PreTrainedModel, method: Method) -> bool:
+    """Whether the caches of ``method`` can be saved and loaded; those with layers of linear attention can't."""
+    with caches_of(method, model) as new_cache:
+        cache = new_cache()
+    return isinstance(cache, KnormCache) and all(
+        isinstance(layer, KnormLayer | DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+
+
+@contextmanager
 def filled_cache(
-    model: PreTrainedModel, method: Method, prompt: Tensor, full: Cache, *, chunk: int | None = None
+    model: PreTrainedModel, method: Method, prompt: Tensor, full: Cache, *, way: Way | None = None
 ) -> Iterator[Cache]:
     """Yield a cache of ``method`` that holds ``prompt``, inside the method's context.
 
@@ -67,19 +151,26 @@ def filled_cache(
     through the model.
 
     Args:
-        model, prompt, chunk: as for ``prefill``.
+        model, prompt: as for ``prefill``.
         method: makes the cache.
         full: a full cache that holds the same prompt; it is not changed.
+        way: how the prompt gets in; in one pass unless given. Where it reuses a context, that is all of ``prompt``, and
+            what the caller feeds is the question: the cache is saved and loaded.
     """
-    one_pass = chunk is None and all(type(layer) is DynamicLayer for layer in full.layers)
+    way = way or Way()
+    one_pass = way.chunk is None and all(type(layer) is DynamicLayer for layer in full.layers)
     with caches_of(method, model) as new_cache:
         cache = new_cache()
         prefill_from = getattr(cache, "prefill_from", None)
         if one_pass and prefill_from is not None:
             prefill_from(full)
         else:
-            prefill(model, prompt, cache, chunk=chunk)
-        yield cache
+            prefill(model, prompt, cache, chunk=way.chunk)
+        if way.question is None:
+            yield cache
+            return
+        with _saved(cache, method) as saved, caches_of(saved, model) as load:
+            yield load()
 
 
 def slots_of(cache: Cache) -> list[int]:

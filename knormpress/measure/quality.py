@@ -23,7 +23,7 @@ from transformers import Cache, PreTrainedModel
 
 from knormpress.cache.cache import KnormCache
 from knormpress.errors import KnormError
-from knormpress.measure.prefill import expect_pruned, filled_cache, prefill, slots_of
+from knormpress.measure.prefill import Way, expect_pruned, filled_cache, prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy
@@ -47,6 +47,7 @@ def measure_quality(
     *,
     context: int,
     prefill_chunk: int | None = None,
+    ways: Sequence[Way] | None = None,
     decoded: bool = False,
     policies: Sequence[Policy | None] | None = None,
     after_document: Callable[[], None] = lambda: None,
@@ -54,7 +55,7 @@ def measure_quality(
     """Score documents through the full cache and each method's cache; returns one result for each method.
 
     Args:
-        model, context, prefill_chunk, decoded: as for ``score_document``.
+        model, context, prefill_chunk, ways, decoded: as for ``score_document``.
         methods: the methods to score; they share each document's prefill.
         texts: (1, context + S + 1) token ids each, on the model's device.
         policies: the policy that each method should follow; its own ``press`` unless given.
@@ -66,7 +67,14 @@ def measure_quality(
     scores_of_methods: list[list[DocumentScore]] = [[] for _ in methods]
     for index, ids in enumerate(texts):
         scores = score_document(
-            model, ids, methods, document=index, context=context, prefill_chunk=prefill_chunk, decoded=decoded
+            model,
+            ids,
+            methods,
+            document=index,
+            context=context,
+            prefill_chunk=prefill_chunk,
+            ways=ways,
+            decoded=decoded,
         )
         for scores_of_method, score in zip(scores_of_methods, scores, strict=True):
             scores_of_method.append(score)
@@ -89,6 +97,7 @@ def score_document(
     context: int,
     document: int = 0,
     prefill_chunk: int | None = None,
+    ways: Sequence[Way] | None = None,
     decoded: bool = False,
     baseline: Method | None = None,
 ) -> list[DocumentScore]:
@@ -105,6 +114,7 @@ def score_document(
         context: tokens before the first token that is fed, at least 1.
         document: the document's number, for the record.
         prefill_chunk: the most tokens of the context in one forward pass; None sends it in one pass.
+        ways: how each method's cache takes the context; as the full cache does unless given.
         decoded: score the tokens a second time, as if fed one by one, behind a fresh prefill or a copy of it. A
             ``KnormCache`` takes one pass for each time that it prunes; any other cache one pass for each token.
         baseline: what the methods are compared with; the full cache unless given.
@@ -118,6 +128,7 @@ def score_document(
             f"a document of {ids.shape[-1]} tokens with a context of {context} leaves {scored} to score; "
             "wanted at least 1 token of context, 1 to score, and 1 more to predict"
         )
+    ways = ways or [Way(prefill_chunk)] * len(methods)
     prompt, fed, targets = ids[:, :context], ids[:, context:-1], ids[0, context + 1 :].cpu()
 
     with torch.inference_mode():
@@ -129,9 +140,9 @@ def score_document(
             predictions = _FullCachePredictions(_teacher_forced(model, fed, copy.deepcopy(full)), targets, local_nll)
         tokens_held = slots_of(full)
         scores = []
-        for method in methods:
+        for method, way in zip(methods, ways, strict=True):
             name, copied = describe_method(method), None
-            with filled_cache(model, method, prompt, full, chunk=prefill_chunk) as cache:
+            with filled_cache(model, method, prompt, full, way=way) as cache:
                 expect_pruned(method, policy_of(method), cache, tokens_held)
                 if decoded and isinstance(cache, KnormCache):
                     copied = copy.deepcopy(cache)
@@ -140,7 +151,7 @@ def score_document(
                     score = predictions.add_decoded(score, _decoded(model, fed, copied), name)
             if decoded and copied is None:
                 # Nobody knows whether a copy of another library's cache still prunes, so it is filled anew.
-                with filled_cache(model, method, prompt, full, chunk=prefill_chunk) as cache:
+                with filled_cache(model, method, prompt, full, way=way) as cache:
                     score = predictions.add_decoded(score, _decoded(model, fed, cache), name)
             scores.append(score)
     return scores

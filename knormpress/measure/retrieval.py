@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from knormpress.cache.cache import KnormCache
 from knormpress.errors import KnormError
-from knormpress.measure.prefill import expect_pruned, filled_cache, prefill, slots_of
+from knormpress.measure.prefill import Way, expect_pruned, filled_cache, prefill, slots_of
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy
@@ -34,6 +34,7 @@ def measure_retrieval(
     haystacks: Sequence[Haystack],
     *,
     prefill_chunk: int | None = None,
+    ways: Sequence[Way] | None = None,
     policies: Sequence[Policy | None] | None = None,
     after_text: Callable[[], None] = lambda: None,
 ) -> list[Retrieval]:
@@ -44,6 +45,7 @@ def measure_retrieval(
         methods: the methods to ask; they share each text's prefill where they can.
         haystacks: texts and questions, see ``workload.tasks.haystack``.
         prefill_chunk: the most tokens of a text in one forward pass; None sends it in one pass.
+        ways: how each method's cache takes a text; as the full cache does unless given.
         policies: the policy that each method should follow; its own ``press`` unless given.
         after_text: called after each text.
 
@@ -53,6 +55,7 @@ def measure_retrieval(
     asked: dict[str, int] = {}
     items: list[list[Item]] = [[] for _ in methods]
     wanted = list(policies or map(policy_of, methods))
+    ways = ways or [Way(prefill_chunk)] * len(methods)
     for haystack in haystacks:
         asked[haystack.task] = asked.get(haystack.task, 0) + len(haystack.questions)
         with torch.inference_mode():
@@ -62,8 +65,8 @@ def measure_retrieval(
             known = _answers(model, haystack, full, FullCache())
             if any(answer.found for answer in known):
                 held = slots_of(full)
-                for method, policy, own in zip(methods, wanted, items, strict=True):
-                    with filled_cache(model, method, haystack.ids, full, chunk=prefill_chunk) as cache:
+                for method, way, policy, own in zip(methods, ways, wanted, items, strict=True):
+                    with filled_cache(model, method, haystack.ids, full, way=way) as cache:
                         expect_pruned(method, policy, cache, held)
                         own.extend(_items(haystack, known, _answers(model, haystack, cache, method)))
         after_text()

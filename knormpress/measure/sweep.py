@@ -1,5 +1,9 @@
 """Measure the cells of a sweep, one by one: device x prompt length x policy, each compared with the full cache.
 
+A plan has two cells more, for it shortens TTFT only where the prompt comes in another way: in chunks, each of which is
+pruned, and behind a context that was pruned and saved before. Their quality is measured through that way too, and the
+full cache beside them computes the whole prompt.
+
 A cell that is already in the results file is not measured again. It is the same cell if the machine and the software,
 the files of the git commit, the weights and their dtype, the text, the policy and the conditions are all equal.
 Changes without a commit are not noticed: use ``fresh`` after them.
@@ -8,12 +12,12 @@ Changes without a commit are not noticed: use ``fresh`` after them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
@@ -22,6 +26,7 @@ from knormpress.measure.cost import can_count, count_full_prefill, measure_cost
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
 from knormpress.measure.options import Candidates, Effort, Source
+from knormpress.measure.prefill import Way, can_be_reused
 from knormpress.measure.quality import decodes_in_few_passes, measure_quality
 from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.knorm import KnormPress
@@ -44,6 +49,9 @@ __all__ = ["SweepSettings", "run", "tasks_of"]
 
 _LOADING = "loading the model"
 _LEAST_SCORED = 32
+# Of the further ways of a plan's prompt: tokens in a chunk, and tokens of a question behind a context that is reused.
+_CHUNK = 1_024
+_QUESTION = 32
 # The prompt for which the usual lengths of texts with something to find are made.
 _USUAL_PROMPT = 1_024
 
@@ -94,8 +102,8 @@ def run(
     progress = progress or Progress()
     make_folder(path.parent)
     known = [] if fresh or not path.exists() else read_records(path)
-    # A cell without counted cost is measured again where that is wanted.
-    stored = {_key(record): record for record in known if record.cost or not settings.effort.cost}
+    # A cell without counted cost is measured again where that is wanted and possible.
+    stored = {_key(record): record for record in known if record.cost or not settings.effort.cost or _reuses(record)}
     # "cpu" and "cpu:0" are the same device.
     devices = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}.values()
     corpus = load_corpus(settings.source.corpus)
@@ -108,10 +116,11 @@ def run(
         bench = Bench.open(settings.source.model, corpus, device=device, dtype=settings.source.dtype)
         if steps is None:
             settings = _with_plan(settings, bench, progress)
-            steps = _Steps(settings, progress)
-        _check_presses(settings, bench)
-        for prompt_tokens in settings.effort.prompt_tokens:
-            for record in _measure(settings, bench, prompt_tokens, stored, steps):
+            _check_presses(settings, bench)
+            cells = [_cells(settings, bench, tokens) for tokens in settings.effort.prompt_tokens]
+            steps = _Steps(settings, cells, progress)
+        for wanted in cells:
+            for record in _measure(settings, bench, wanted, stored, steps):
                 if _key(record) not in stored:
                     if new_name is not None:
                         path.rename(new_name)
@@ -121,18 +130,41 @@ def run(
                 yield record
 
 
+class _Cell(NamedTuple):
+    """What is measured on one device: a policy behind a prompt, and how its caches take that."""
+
+    prompt_tokens: int
+    press: KnormPress
+    way: Way
+
+
+def _cells(settings: SweepSettings, bench: Bench, prompt_tokens: int) -> list[_Cell]:
+    """Every policy with the prompt as the full cache takes it; then the plan with its further ways."""
+    candidates, whole = settings.candidates, Way(settings.effort.prefill_chunk)
+    cells = [_Cell(prompt_tokens, press, whole) for press in candidates.presses]
+    if candidates.plan is None or candidates.plan == "auto" or candidates.method != "knorm":
+        return cells
+    planned = KnormPress.of(candidates.plan.press)
+    if planned.drops and whole.chunk is None and prompt_tokens >= 2 * _CHUNK:
+        cells.append(_Cell(prompt_tokens, planned, Way(_CHUNK)))
+    if planned.drops and prompt_tokens >= planned.prune_after + _QUESTION and can_be_reused(bench.model, planned):
+        cells.append(_Cell(prompt_tokens, planned, Way(whole.chunk, _QUESTION)))
+    return cells
+
+
 def _measure(
-    settings: SweepSettings, bench: Bench, prompt_tokens: int, stored: dict[_Key, Record], steps: _Steps
+    settings: SweepSettings, bench: Bench, wanted: Sequence[_Cell], stored: dict[_Key, Record], steps: _Steps
 ) -> Iterator[Record]:
     """The records of one device and one prompt length, see ``run``."""
-    effort, method_name = settings.effort, settings.candidates.method
-    cells = {press: _before_measuring(settings, bench, press, prompt_tokens) for press in settings.candidates.presses}
-    pending = [press for press, known in cells.items() if _key_of(**known) not in stored]
-    steps.leave_out(len(cells) - len(pending))
+    effort, method_name, prompt_tokens = settings.effort, settings.candidates.method, wanted[0].prompt_tokens
+    cells = {cell: _before_measuring(settings, bench, cell) for cell in wanted}
+    pending = [cell for cell, known in cells.items() if _key_of(**known) not in stored]
+    presses, ways = [cell.press for cell in pending], [cell.way for cell in pending]
+    steps.leave_out(len(cells) - len(pending), len(cells))
     chunk = effort.prefill_chunk
     cold_s = None
-    qualities: dict[KnormPress, Quality] = {}
-    retrieved: dict[KnormPress, Retrieval] = {}
+    qualities: dict[_Cell, Quality] = {}
+    retrieved: dict[_Cell, Retrieval] = {}
     if pending:
         bench.check_length(prompt_tokens + effort.new_tokens)
         scored = _scored_tokens(effort, bench, prompt_tokens)
@@ -149,49 +181,51 @@ def _measure(
         steps.begin("the first call")
         cold_s = cold_ttft(bench.model, prompt, prefill_chunk=chunk)
         steps.begin("perplexity, all keep ratios at once")
-        methods = [make_method(method_name, press) for press in pending]
+        methods = [make_method(method_name, press) for press in presses]
         measured = measure_quality(
             bench.model,
             methods,
             texts,
             context=prompt_tokens,
             prefill_chunk=chunk,
+            ways=ways,
             # Other caches would take a pass for each token.
             decoded=all(decodes_in_few_passes(bench.model, method) for method in methods),
-            policies=pending,
+            policies=presses,
             after_document=steps.tick,
         )
         qualities = dict(zip(pending, measured, strict=True))
         if asked:
             steps.begin("retrieval, all keep ratios at once")
             found = measure_retrieval(
-                bench.model, methods, asked, prefill_chunk=chunk, policies=pending, after_text=steps.tick
+                bench.model, methods, asked, prefill_chunk=chunk, ways=ways, policies=presses, after_text=steps.tick
             )
             retrieved = dict(zip(pending, found, strict=True))
     full = None
     if pending and effort.cost and can_count(bench.model):
         steps.begin("counted cost of the full cache")
         full = count_full_prefill(bench.model, prompt, prefill_chunk=chunk)
-    for press, known in cells.items():
-        if press not in qualities:
+    for cell, known in cells.items():
+        if cell not in qualities:
             yield stored[_key_of(**known)]
             continue
-        method = make_method(method_name, press)
-        steps.begin(f"memory, {_ratio(press)}")
+        method = make_method(method_name, cell.press)
+        steps.begin(f"memory, {_name(cell)}")
         memory = measure_memory(
             bench.model,
             method,
             prompt,
             prefill_chunk=chunk,
+            way=cell.way,
             decoded_tokens=effort.new_tokens,
-            policy=press,
+            policy=cell.press,
             after_run=steps.tick,
         )
         cost = None
-        if full is not None:
-            steps.begin(f"counted cost, {_ratio(press)}")
-            cost = measure_cost(bench.model, method, prompt, full=full, prefill_chunk=chunk)
-        steps.begin(f"timing, {_ratio(press)}")
+        if full is not None and cell.way.question is None:  # no operator loads a file
+            steps.begin(f"counted cost, {_name(cell)}")
+            cost = measure_cost(bench.model, method, prompt, full=full, prefill_chunk=cell.way.chunk)
+        steps.begin(f"timing, {_name(cell)}")
         latency = measure_latency(
             bench.model,
             method,
@@ -201,26 +235,26 @@ def _measure(
             precision=effort.precision,
             seconds=effort.seconds,
             prefill_chunk=chunk,
+            way=cell.way,
             cold_s=cold_s,
             after_run=steps.tick_at_most(steps.runs),
         )
         latency = latency.model_copy(update={"weights_tpot_s": weights_tpot(bench.model, prompt)})
         cold_s = None
-        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         yield Record(
-            created=created,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             latency=latency,
             memory=memory,
-            quality=qualities[press],
-            retrieval=retrieved.get(press),
+            quality=qualities[cell],
+            retrieval=retrieved.get(cell),
             cost=cost,
             **known,
         )
 
 
-def _before_measuring(settings: SweepSettings, bench: Bench, press: KnormPress, prompt_tokens: int) -> dict[str, Any]:
+def _before_measuring(settings: SweepSettings, bench: Bench, cell: _Cell) -> dict[str, Any]:
     """The part of a cell's record that is known before measuring, and identifies the cell."""
-    effort = settings.effort
+    effort, (prompt_tokens, press, way) = settings.effort, cell
     return {
         "environment": bench.environment,
         "model": bench.model_info,
@@ -236,6 +270,8 @@ def _before_measuring(settings: SweepSettings, bench: Bench, press: KnormPress, 
             scored_tokens=_scored_tokens(effort, bench, prompt_tokens),
             tasks=tasks_of(effort),
             texts=effort.texts,
+            candidate_chunk=None if way.chunk == effort.prefill_chunk else way.chunk,
+            reused_tokens=None if way.question is None else prompt_tokens - way.question,
         ),
     }
 
@@ -285,10 +321,17 @@ def _key_of(
     return clean, model.fingerprint, model.dtype, text.sha256, policy, conditions
 
 
-def _ratio(press: KnormPress) -> str:
+def _reuses(record: Record) -> bool:
+    return record.conditions.reused_tokens is not None
+
+
+def _name(cell: _Cell) -> str:
+    _, press, way = cell
+    chunks = "" if way.chunk is None else f" in chunks of {way.chunk:,}"
+    way_of_prompt = chunks if way.question is None else " behind a saved context"
     if press.layer_keep_ratios is None:
-        return f"keep ratio {press.keep_ratio}"
-    return f"a plan of mean keep ratio {press.mean_keep:.3f}"
+        return f"keep ratio {press.keep_ratio}{way_of_prompt}"
+    return f"a plan of mean keep ratio {press.mean_keep:.3f}{way_of_prompt}"
 
 
 def _with_plan(settings: SweepSettings, bench: Bench, progress: Progress) -> SweepSettings:
@@ -338,15 +381,14 @@ def _free_name(path: Path) -> Path:
 class _Steps:
     """Counts finished steps: each generation, prefill or document is one step."""
 
-    def __init__(self, settings: SweepSettings, progress: Progress) -> None:
+    def __init__(self, settings: SweepSettings, cells: Sequence[Sequence[_Cell]], progress: Progress) -> None:
         self.progress = progress
         self.runs = 2 * (settings.effort.rounds + 1)
         self.per_cell = self.runs + 2
         self.texts = settings.effort.texts * len(tasks_of(settings.effort))
         self.documents = settings.effort.samples + self.texts
-        self.cells = len(settings.candidates.presses)
-        lengths = len(settings.source.device) * len(settings.effort.prompt_tokens)
-        self.total = lengths * (self.cells * self.per_cell + self.documents)
+        behind_each = (len(wanted) * self.per_cell + self.documents for wanted in cells)
+        self.total = len(settings.source.device) * sum(behind_each)
         self.done = 0
         self.doing = _LOADING
 
@@ -373,9 +415,9 @@ class _Steps:
         self.total -= self.texts
         self.begin(self.doing)
 
-    def leave_out(self, cells: int) -> None:
-        """Subtract the steps of ``cells`` of one prompt length, which are in the file already, from the total."""
+    def leave_out(self, cells: int, of: int) -> None:
+        """Subtract the steps of ``cells``, of a length's ``of``, which are in the file already, from the total."""
         if cells:
-            self.progress.say(f"{cells} of {self.cells} cells were measured before and are taken from the file")
-            self.total -= cells * self.per_cell + (self.documents if cells == self.cells else 0)
+            self.progress.say(f"{cells} of {of} cells were measured before and are taken from the file")
+            self.total -= cells * self.per_cell + (self.documents if cells == of else 0)
             self.begin(self.doing)

@@ -79,7 +79,11 @@ class MethodInfo(Strict):
 
 
 class Conditions(Strict):
-    """The conditions under which a cell of a sweep was measured; ``texts`` of each retrieval task in ``tasks``."""
+    """The conditions under which a cell of a sweep was measured; ``texts`` of each retrieval task in ``tasks``.
+
+    The full cache computes the whole prompt, in chunks of ``prefill_chunk`` if there is one. So does the candidate,
+    unless it took the prompt in chunks of ``candidate_chunk`` tokens, or loaded its first ``reused_tokens`` tokens.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -90,6 +94,8 @@ class Conditions(Strict):
     scored_tokens: int
     tasks: tuple[str, ...] = ()
     texts: int = 0
+    candidate_chunk: int | None = None
+    reused_tokens: int | None = None
 
 
 class Record(Strict):
@@ -120,9 +126,17 @@ class Record(Strict):
         return ratio_label(self.keep_ratio)
 
     @property
+    def way(self) -> str:
+        """How the candidate took the prompt, where the full cache did not: ``in chunks`` or ``reused``; else empty."""
+        if self.conditions.reused_tokens is not None:
+            return "reused"
+        return "" if self.conditions.candidate_chunk is None else "in chunks"
+
+    @property
     def row(self) -> str:
-        """The head of the record's row in a table: the keep ratio, or ``plan`` and the mean of its ratios."""
-        return f"plan {self.keep_ratio:.2f}" if self.policy.layer_keep_ratios else self.label
+        """The head of a table's row: the keep ratio, or ``plan`` and the mean of its ratios; below it the ``way``."""
+        name = f"plan {self.keep_ratio:.2f}" if self.policy.layer_keep_ratios else self.label
+        return f"{name}\n{self.way}" if self.way else name
 
 
 class Result(Strict):

@@ -21,7 +21,7 @@ from knormpress.show.console import StackingTable, make_console
 from knormpress.stats.intervals import Change
 from knormpress.stats.perplexity import too_few
 
-__all__ = ["WIDTH", "below_the_cache", "beyond_the_mean", "cautions", "print_tables", "render"]
+__all__ = ["WIDTH", "about_the_ways", "below_the_cache", "beyond_the_mean", "cautions", "print_tables", "render"]
 
 WIDTH = 80
 """The most columns that the tables use."""
@@ -131,7 +131,7 @@ def _changes(records: Sequence[Record]) -> Table:
     table = _table(
         "Change against the full cache, 95 % interval below",
         ("keep\nratio", *(f"{name}\nchange" for name in names), *(["found\n"] if asked else []), "cache\nMB"),
-        " ".join([*below_the_cache(records), *cautions(records)]) or None,
+        " ".join([*about_the_ways(records), *below_the_cache(records), *cautions(records)]) or None,
     )
     for record in records:
         changes = (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl)
@@ -155,6 +155,23 @@ def _cache(record: Record) -> Text:
     decoded = record.memory.candidate_decoded_bytes
     text = Text(_megabytes(record.memory.candidate_cache_bytes))
     return text if decoded is None else text.append(f"\n{_megabytes(decoded)}", style="dim")
+
+
+def about_the_ways(records: Sequence[Record]) -> list[str]:
+    """How the prompts came that did not come as the full cache's, in sentences."""
+    chunks = {record.conditions.candidate_chunk for record in records} - {None}
+    left = {
+        record.conditions.prompt_tokens - record.conditions.reused_tokens
+        for record in records
+        if record.conditions.reused_tokens is not None
+    }
+    return [
+        *(
+            f"In chunks: the prompt comes in chunks of {chunk:,} tokens, each pruned."
+            for chunk in sorted(filter(None, chunks))
+        ),
+        *(f"Reused: all but the prompt's last {tokens:,} tokens are loaded, pruned before." for tokens in sorted(left)),
+    ]
 
 
 def below_the_cache(records: Sequence[Record]) -> list[str]:

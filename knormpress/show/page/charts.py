@@ -41,7 +41,11 @@ _LARGE = 400.0  # points; a wider chart can't be read when it is shrunk to the w
 
 def chart_blocks(families: Sequence[Family]) -> Iterator[Block]:
     """For each family and method: speed against quality, and every figure against the keep ratio."""
-    groups = [(family, group) for family in families for group in family.methods]
+    # Where only the way of the prompt differs, points would lie on each other.
+    whole = (
+        (family, [record for record in group if not record.way]) for family in families for group in family.methods
+    )
+    groups = [(family, group) for family, group in whole if group]
     for family, group in groups:
         if len(groups) > 1:
             yield Heading(", ".join(filter(None, (group[0].policy.method, family.title))))

@@ -35,7 +35,7 @@ def downloads(records: Sequence[Record], cells: Sequence[Record], history: Histo
 def _results(records: Sequence[Record]) -> Iterator[list[object]]:
     yield [
         *("model", "dtype", "text", "device", "commit", "method"),
-        *("keep_ratio", "prompt_tokens", "new_tokens", "pairs"),
+        *("keep_ratio", "prompt_tokens", "new_tokens", "candidate_chunk", "reused_tokens", "pairs"),
         *(f"{name}_change_{part}" for name in _CHANGES for part in ("percent", "low", "high")),
         *(f"{side}_{name}" for side in ("full", "pruned") for name in _OF_A_SIDE),
         *("kl_nats", "top1"),
@@ -45,7 +45,8 @@ def _results(records: Sequence[Record]) -> Iterator[list[object]]:
         yield [
             *(model.name, model.dtype, record.text.name, environment.device, environment.git_commit),
             *(record.policy.method, record.keep_ratio),
-            *(conditions.prompt_tokens, conditions.new_tokens, record.latency.pairs),
+            *(conditions.prompt_tokens, conditions.new_tokens),
+            *(conditions.candidate_chunk, conditions.reused_tokens, record.latency.pairs),
             *(figure for change in _changes(record) for figure in astuple(change)),
             *(
                 *record.latency.baseline_speed,

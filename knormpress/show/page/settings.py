@@ -23,6 +23,8 @@ __all__ = [
 NOISE = "full"
 """The method that measures the full cache against itself."""
 
+_IN_A_GROUP = ("kind of ratio", "way of the prompt")
+_IN_A_FAMILY = ("method", *_IN_A_GROUP)
 _CONTROLS = ("random", "highest-norm", "recent-window")
 
 
@@ -53,10 +55,10 @@ def families(records: Sequence[Record]) -> list[Family]:
     """The records by their settings; of two records of the same cell, the later one is used."""
     groups_of: dict[tuple[object, ...], list[tuple[Record, ...]]] = {}
     for group in group_records(records):
-        key = tuple(value for name, value in setting(group[0]).items() if name not in ("method", "kind of ratio"))
+        key = tuple(value for name, value in setting(group[0]).items() if name not in _IN_A_FAMILY)
         groups_of.setdefault(key, []).append(tuple(group))
     heads = [groups[0][0] for groups in groups_of.values()]
-    differing = [name for name in differences(heads) if name not in ("method", "kind of ratio")]
+    differing = [name for name in differences(heads) if name not in _IN_A_FAMILY]
     return [
         Family(
             ", ".join(_named(name, setting(groups[0][0])[name]) for name in differing),
@@ -68,7 +70,7 @@ def families(records: Sequence[Record]) -> list[Family]:
 
 def describe_differences(records: Sequence[Record]) -> list[Block]:
     """A sentence about the settings in which the records differ, apart from the keep ratio; empty if they don't."""
-    differing = {name: values for name, values in differences(records).items() if name != "kind of ratio"}
+    differing = {name: values for name, values in differences(records).items() if name not in _IN_A_GROUP}
     if not differing:
         return []
     named = "; ".join(f"{name} ({listed([*map(_text, values)])})" for name, values in differing.items())

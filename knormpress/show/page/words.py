@@ -12,7 +12,7 @@ from knormpress.show.page.cost import cost_tables
 from knormpress.show.page.parts import Block, Cell, Facts, Heading, Line, Statement, Statements, Table, Tone, Words
 from knormpress.show.page.settings import NOISE, Family, is_control, listed
 from knormpress.show.pictures.style import pretty, three_digits
-from knormpress.show.sweep_table import below_the_cache, beyond_the_mean, cautions
+from knormpress.show.sweep_table import about_the_ways, below_the_cache, beyond_the_mean, cautions
 from knormpress.stats.intervals import Change
 
 __all__ = ["DEFINITIONS", "control_blocks", "interval", "table_blocks", "verdict_blocks"]
@@ -192,7 +192,7 @@ def table_blocks(families: Sequence[Family]) -> Iterator[Block]:
             ("Keep ratio", "Method", "TTFT", "TPOT", "Throughput", "PPL", "Found", "KL (nats)", "Top-1", "Cache (MB)"),
             tuple(_change_row(record) for record in records),
             row_heads=2,
-            note=" ".join([*below_the_cache(records), *cautions(records)]),
+            note=" ".join([*about_the_ways(records), *below_the_cache(records), *cautions(records)]),
         )
         yield Table(
             "The figures behind them: the full cache, and below it the method",
@@ -216,6 +216,7 @@ def table_blocks(families: Sequence[Family]) -> Iterator[Block]:
 def _method(record: Record) -> Cell:
     method = record.policy.method
     kind = "control" if is_control(record) else "a ratio per layer" if record.policy.layer_keep_ratios else ""
+    kind = ", ".join(filter(None, (kind, record.way)))
     return (method, kind) if kind else method
 
 

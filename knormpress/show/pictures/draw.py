@@ -93,8 +93,8 @@ def draw_plan(plan: Plan, folder: Path) -> list[Path]:
 def select(records: Iterable[Record]) -> tuple[list[Record], str]:
     """The records to show, from the highest keep ratio down, and a note about records that are left out.
 
-    Of several methods ``knorm`` is shown; of several kinds of ratio, the one for all layers; of several prompt lengths,
-    the longest.
+    Of several methods ``knorm`` is shown; of several kinds of ratio, the one for all layers; of several ways of the
+    prompt, the full cache's; of several prompt lengths, the longest.
 
     Raises:
         KnormError: there are no records, or they differ in anything else.
@@ -162,6 +162,7 @@ def _of_one_method(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
     for name, best in (
         ("method", lambda value: (value == "knorm", value != "full")),
         ("kind of ratio", lambda value: value == "one for all layers"),
+        ("way of the prompt", lambda value: value == "whole"),
     ):
         values = differences(records).get(name, [])
         if values:

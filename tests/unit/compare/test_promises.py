@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from knormpress.compare.promises import Judgement, judge_claims, judge_targets
+from knormpress.compare.promises import Judgement, judge_claims, judge_targets, losses
 from knormpress.records.schema import Record
 from knormpress.stats.intervals import Change
-from tests.record_factory import make_record, make_records
+from tests.record_factory import make_planned, make_record, make_records
 
 
 def with_changes(record: Record, **changes: Change) -> Record:
@@ -107,6 +107,24 @@ def test_the_reason_for_ttft_names_cold_and_warm_where_measured() -> None:
     assert "cold" not in reason(judge_claims(warm))
     for told in (reason(judge_claims([cold, *warm])), reason(judge_claims(warm, beside=[cold]))):
         assert "2 s cold and 0.41 s warm (-79.5 %)" in told
+
+
+def test_the_reason_for_ttft_points_to_what_shortens_it() -> None:
+    """The rows of the same setting, wherever they stand; no claim is made for them, but they have the targets."""
+    ratios, ways = make_records([0.9, 0.8], prompt_tokens=4096), make_planned(noise=0.0)
+    for judged in (judge_claims([*ratios, *ways]), judge_claims(ratios, beside=ways)):
+        assert "plan 0.40 in chunks, -30.0 %; plan 0.40 reused, -88.0 %." in reason(judged)
+        assert len(judged) == 6
+    for others in (ways[:1], make_planned(prompt_tokens=2048), make_planned(device="cuda")):
+        assert "reused" not in reason(judge_claims(ratios, beside=others))
+    met = {verdict.label: verdict.met for verdict in judge_targets(ways) if verdict.what == "TTFT"}
+    assert met == {"0.4": False, "0.4 in chunks": False, "0.4 reused": True}
+
+
+def test_what_is_lost_says_by_which_way() -> None:
+    told = losses(make_planned(found=0.5))
+    assert ["chunks" in sentence for sentence in told] == [False, True, False]
+    assert ["reused" in sentence for sentence in told] == [False, False, True]
 
 
 def test_the_reason_for_ttft_speaks_of_chunks_where_the_prompt_came_in_chunks() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from knormpress.compare.settings import differences, group_records, newest
 from knormpress.records.schema import Record
-from tests.record_factory import make_record, make_records
+from tests.record_factory import make_planned, make_record, make_records
 
 
 def test_groups_fall_in_keep_ratio_and_the_later_of_two_cells_stands() -> None:
@@ -34,6 +34,24 @@ def test_a_plan_joins_the_ratios_that_it_can_be_compared_with() -> None:
     for other in ({"prune_after": 16}, {"schedule": "iterative"}):
         apart = same.model_copy(update={"policy": policy.model_copy(update=other)})
         assert [len(group) for group in group_records([apart, *ratios])] == [2, 1]
+
+
+def test_the_further_ways_of_a_plans_prompt_stand_below_the_plan() -> None:
+    """In whatever order they were measured; and each is a cell of its own, by its sizes too."""
+    ratios, ways = make_records([1.0, 0.1], prompt_tokens=4096), make_planned()
+    for records in ([*ratios, *ways], [*reversed(ways), *ratios]):
+        assert [record.row for record in group_records(records)[0]] == [
+            "1.0",
+            "plan 0.40",
+            "plan 0.40\nin chunks",
+            "plan 0.40\nreused",
+            "0.1",
+        ]
+    assert [len(group) for group in group_records(ways)] == [3]
+    sizes = [*make_planned(prompt_tokens=4096), make_planned(candidate_chunk=512)[0], make_planned(reused_tokens=9)[0]]
+    assert len(newest(sizes)) == 5
+    assert differences(ways) == {"way of the prompt": ["whole", "in chunks", "reused"]}
+    assert len(group_records([*ratios, *make_planned(text_name="prose")])) == 2
 
 
 def test_differences_are_named() -> None:

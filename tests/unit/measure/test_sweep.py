@@ -278,8 +278,9 @@ def test_a_cell_under_other_conditions_is_another_cell(
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=change["threads"]: threads)
         change = {}
     list(run(changed(settings, keep_ratios=(0.3,), **change), path))
-    assert made_up.cells == 1
-    assert len(list(read_records(path))) == 4
+    new = 2 if "plan" in change else 1  # its context is reused too
+    assert made_up.cells == new
+    assert len(list(read_records(path))) == 3 + new
 
 
 def test_the_same_weights_and_text_under_other_names_are_the_same_cell(
@@ -475,6 +476,50 @@ def test_usual_tasks_that_a_model_can_not_have_are_left_out_and_named_ones_are_a
     assert not (tmp_path / "other.jsonl").exists()
 
 
+def test_a_plan_is_measured_in_chunks_and_behind_a_saved_context_too(
+    settings: SweepSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: Measured
+) -> None:
+    """Beside the full cache that computes the whole prompt; with the quality of that way, and cells of their own."""
+    monkeypatch.setattr(sweep, "_CHUNK", 24)
+    bench = opened(settings)
+    press = KnormPress(layer_keep_ratios=(0.5, 0.25, 0.5), prune_after=16)
+    model = {"name": "tiny", "dtype": "float32", "fingerprint": model_fingerprint(bench.model)}
+    planned = changed(settings, keep_ratios=(0.8,), plan=make_plan(press=press, model=model), rounds=1)
+    path, told = tmp_path / "results.jsonl", Told()
+    records = list(run(planned, path, progress=told))
+    assert told.steps[-1][0] == told.steps[-1][1]
+    assert [record.way for record in records] == ["", "", "in chunks", "reused"]
+    uniform, whole, chunked, reused = records
+    assert chunked.conditions.candidate_chunk == 24
+    assert reused.conditions.reused_tokens == 48 - 32
+    assert group_records(reversed(records)) == [records]
+    # A saved context is bit for bit the plan's own, and one in chunks is not.
+    assert reused.quality == whole.quality
+    baseline = [document.baseline_nll for document in whole.quality.documents]
+    assert [document.baseline_nll for document in chunked.quality.documents] == baseline
+    (ids, *_) = bench.documents(length=48 + 16 + 1, count=2)
+    (alone,) = score_document(bench.model, ids, [press], context=48, prefill_chunk=24)
+    assert chunked.quality.documents[0].candidate_nll == pytest.approx(alone.candidate_nll, abs=1e-5)
+    assert chunked.quality.documents[0].candidate_nll != whole.quality.documents[0].candidate_nll
+    for record in (chunked, reused):
+        assert record.memory.baseline_cache_bytes == uniform.memory.baseline_cache_bytes
+        assert record.memory.candidate_cache_bytes < uniform.memory.candidate_cache_bytes
+    assert chunked.cost is not None
+    assert reused.cost is None
+
+    made_up = MadeUp(monkeypatch, measured.records[-1])
+    assert list(run(planned, path)) == records
+    assert made_up.cells == 0
+    for change, ways in (
+        ({"prefill_chunk": 20}, ["", "", "reused"]),
+        ({"prompt_tokens": (47,)}, ["", ""]),
+        ({"keep_ratios": (1.0,), "plan": make_plan(press=KnormPress(1.0, 16), model=model)}, [""]),
+        ({"method": "random"}, ["", ""]),
+    ):
+        other = run(changed(planned, **change), tmp_path / "other.jsonl")
+        assert [record.way for record in other] == ways
+
+
 def test_the_plan_that_comes_with_the_package_is_measured_beside_the_ratios(
     settings: SweepSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_up: MadeUp
 ) -> None:
@@ -494,7 +539,7 @@ def test_the_plan_that_comes_with_the_package_is_measured_beside_the_ratios(
         assert all(len(group) == len(records) for group in group_records(records))
         return [record.policy.layer_scores is not None for record in records]
 
-    assert planned("1.jsonl") == [False, False, True]
+    assert planned("1.jsonl", prompt_tokens=(47,)) == [False, False, True]
     assert planned("2.jsonl", plan=None) == [False, False]
     assert planned("3.jsonl", method="random") == [False, False]
     assert planned("4.jsonl", prompt_tokens=(15,), keep_ratios=(1.0,)) == [False]

@@ -18,13 +18,14 @@ from knormpress.records.history import History
 from knormpress.records.jsonl import read_records
 from knormpress.records.schema import Record
 from knormpress.show.page import report
-from knormpress.show.page.charts import inline_svg, is_large
+from knormpress.show.page.charts import chart_blocks, inline_svg, is_large
 from knormpress.show.page.markdown import render_markdown
 from knormpress.show.page.parts import Chart, Charts, Section
 from knormpress.show.page.report import build_sections, render_page, write_report
+from knormpress.show.page.settings import families
 from tests.entry_factory import make_entry
 from tests.plan_factory import make_plan
-from tests.record_factory import make_record, make_records
+from tests.record_factory import make_planned, make_record, make_records
 
 HOSTILE = "</script><b onclick=x>\"'&`|*_[a](http://b)@c\u2028"
 NOTHING = History(())
@@ -89,6 +90,12 @@ def test_the_page_is_well_formed_for_those_who_hear_it() -> None:
     assert outline.tags.count("main") == outline.tags.count("nav") == outline.tags.count("header") == 1
     assert outline.tags.count("svg") > 12
     assert "script" not in outline.tags
+
+
+def test_charts_have_a_plan_once() -> None:
+    (charts,) = chart_blocks(families([*make_records([0.9], prompt_tokens=4096), *make_planned()]))
+    assert isinstance(charts, Charts)
+    assert [chart.words.count("keep ratio 0.4:") for chart in charts.charts] == [1] * len(charts.charts)
 
 
 def test_equal_records_give_equal_pages() -> None:

@@ -22,7 +22,7 @@ from knormpress.show.page.words import interval
 from knormpress.stats.intervals import Change
 from tests.entry_factory import make_entry
 from tests.plan_factory import make_plan
-from tests.record_factory import make_record, make_records, without_more
+from tests.record_factory import make_planned, make_record, make_records, without_more
 
 NOTHING = History(())
 
@@ -100,6 +100,18 @@ def test_records_that_differ_are_grouped_and_the_difference_named() -> None:
         [("0.9", "knorm")],
     ]
     assert "knorm, device cuda" in told["verdicts"]
+
+
+def test_the_ways_of_a_plans_prompt_share_its_table_and_are_told_apart() -> None:
+    records = [*make_records([1.0, 0.9], prompt_tokens=4096), *make_planned(found=0.9)]
+    told = Report(records)
+    table = next(block for block in told.sections["results"].blocks if isinstance(block, Table))
+    kinds = ["a ratio per layer", "a ratio per layer, in chunks", "a ratio per layer, reused"]
+    assert [row[1] for row in table.rows] == ["knorm", "knorm", *(("knorm", kind) for kind in kinds)]
+    assert "last 32 tokens" in told["results"]
+    assert "differ in" not in told["results"]
+    assert "met at 0.4 reused; not met at 0.9, 0.4 and 0.4 in chunks." in told["verdicts"]
+    assert "What shortens it is the way of the prompt" in told["verdicts"]
 
 
 def test_every_figure_of_a_record_is_in_its_tables() -> None:

@@ -18,7 +18,7 @@ from knormpress.show.pictures.draw import draw_all, select, select_lengths
 from knormpress.show.pictures.scaling import draw_scaling
 from knormpress.show.pictures.table import draw_table
 from tests.pictures import Drawn, faults, size
-from tests.record_factory import make_record, make_records
+from tests.record_factory import make_planned, make_record, make_records
 
 NAMES = [f"knormpress_{name}.png" for name in ("comprehensive", "summary", "tradeoff", "table")]
 RATIOS = {
@@ -226,6 +226,14 @@ def test_the_longest_prompt_and_the_method_itself_are_shown_and_the_rest_is_name
     shown, left_out = select(records)
     assert shown == [records[3], records[2]]
     assert left_out == "measured but not shown: method random, full; kind of ratio one per layer; prompt tokens 512"
+
+
+def test_of_the_ways_of_a_prompt_the_full_caches_is_drawn() -> None:
+    uniform = make_records([0.9, 0.5], prompt_tokens=4096)
+    assert select([*uniform, *make_planned()])[0] == uniform
+    shown, left_out = select(make_planned())
+    assert [record.row for record in shown] == ["plan 0.40"]
+    assert "way of the prompt in chunks, reused" in left_out
 
 
 def test_a_users_own_method_is_shown_rather_than_the_full_cache() -> None:

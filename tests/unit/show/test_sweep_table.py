@@ -13,7 +13,7 @@ from rich.console import Console
 from knormpress.compare.promises import judge_claims
 from knormpress.records.schema import Record
 from knormpress.show.sweep_table import WIDTH, cautions, print_tables
-from tests.record_factory import make_record, make_records, without_more
+from tests.record_factory import make_planned, make_record, make_records, without_more
 
 ALL = (1.0, 0.9, 0.8, 0.7, 0.5, 0.3, 0.05)
 
@@ -40,6 +40,19 @@ def test_a_plan_has_its_row_in_the_table_of_the_ratios() -> None:
     assert re.search(r"^plan 0\.40 ", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= WIDTH
     assert printed([*records, make_record(plan=(0.9, 0.1, 0.2), new_tokens=8)]).count("Change against") == 2
+
+
+def test_the_further_ways_of_a_plans_prompt_have_rows_that_are_explained() -> None:
+    text = printed([*make_records((1.0, 0.9), prompt_tokens=4096), *make_planned(found=0.9, noise=0.0)])
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert text.count("Change against the full cache") == 1
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    for way, ttft in (("in chunks", "-30.0 %"), ("reused", "-88.0 %")):
+        at = next(number for number, line in enumerate(lines) if line.startswith(way))
+        assert lines[at - 1].startswith(f"plan 0.40 {ttft}")
+        assert any(line.startswith(f"0.4 {way} ") or f" 0.4 {way} " in line for line in lines)
+    assert "chunks of 1,024 tokens" in " ".join(lines)
+    assert "last 32 tokens" in " ".join(lines)
 
 
 def test_on_a_narrow_terminal_rows_are_stacked_and_nothing_is_cut_short() -> None:
