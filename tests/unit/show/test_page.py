@@ -95,7 +95,9 @@ def test_the_page_is_well_formed_for_those_who_hear_it() -> None:
 def test_charts_have_a_plan_once() -> None:
     (charts,) = chart_blocks(families([*make_records([0.9], prompt_tokens=4096), *make_planned()]))
     assert isinstance(charts, Charts)
-    assert [chart.words.count("keep ratio 0.4:") for chart in charts.charts] == [1] * len(charts.charts)
+    *measured, counted = charts.charts
+    assert [chart.words.count("keep ratio 0.4:") for chart in measured] == [1] * len(measured)
+    assert counted.words.count("keep ratio plan 0.40, a decoded token:") == 1
 
 
 def test_equal_records_give_equal_pages() -> None:
