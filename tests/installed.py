@@ -1,4 +1,4 @@
-"""What a stranger gets from the wheel: `tox -e package` and `tox -e install` run this where the checkout can't be imported."""
+"""What a stranger gets from the wheel; `tox -e package` and `tox -e install` run this away from the checkout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCRIPTS = sysconfig.get_path("scripts")
 def main() -> None:
     """Fails where the wheel left something out."""
     package = Path(str(resources.files(knormpress)))
-    assert ROOT / "knormpress" != package, "the checkout was imported"
+    assert package != ROOT / "knormpress", "the checkout was imported"
     assert metadata.version("knormpress") == knormpress.__version__
     for file in ("py.typed", *(f"plans/{path.name}" for path in (ROOT / "knormpress" / "plans").iterdir())):
         assert (package / file).is_file(), f"the wheel has no {file}"

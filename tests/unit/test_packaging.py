@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_every_requirement_has_one_exact_version(python: str) -> None:
         (specifier,) = fitting[0].specifier
         assert specifier.operator == "==", wanted
         assert specifier.version in wanted.specifier, wanted
+
+
+def test_the_tools_of_the_small_environments_have_one_exact_version() -> None:
+    """On the Python that CI uses for them."""
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    wanted = [tool for name in ("package", "docs") for tool in tox[f"testenv:{name}"]["deps"].split()]
+    assert len(wanted) > 4
+    for tool in wanted:
+        (pin,) = (pin for pin in pins()[tool] if pin.marker is None or pin.marker.evaluate({"python_version": "3.13"}))
+        assert str(pin.specifier).startswith("==")
 
 
 def test_the_types_hold_for_a_user(tmp_path: Path) -> None:
