@@ -33,7 +33,6 @@ Examples:
   knormpress report
 
 Options may have dashes or underscores: --keep-ratios and --keep_ratios are the same.""",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={
