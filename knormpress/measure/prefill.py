@@ -99,11 +99,16 @@ def begun(model: PreTrainedModel, method: Method, prompt: Tensor, way: Way) -> I
             f"a prompt of {prompt.shape[-1]} tokens has no context before a question of {way.question}; "
             "wanted at least 1 token of each"
         )
+    with _folder() as folder:
+        yield _computed(model, method, context, way, folder), question
+
+
+def _computed(model: PreTrainedModel, method: Method, context: Tensor, way: Way, folder: Path) -> _Saved:
+    """Compute, prune and save ``context``. Nobody holds the cache afterwards: only a loaded one counts as memory."""
     with torch.inference_mode(), caches_of(method, model) as new_cache:
         cache = new_cache()
         prefill(model, context, cache, chunk=way.chunk)
-    with _saved(cache, method) as saved:
-        yield saved, question
+    return _save(cache, method, folder)
 
 
 @dataclass(frozen=True)
@@ -119,17 +124,20 @@ class _Saved:
 
 
 @contextmanager
-def _saved(cache: Cache, method: Method) -> Iterator[_Saved]:
-    """Save ``cache`` in a temporary folder, for as long as the context is open."""
+def _folder() -> Iterator[Path]:
+    # Where a loaded cache still maps its file, Windows does not delete it.
+    with TemporaryDirectory(prefix="knormpress-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _save(cache: Cache, method: Method, folder: Path) -> _Saved:
     if not isinstance(cache, KnormCache):
         raise KnormError(
             f"the cache of {describe_method(method)} is a {type(cache).__name__}; wanted a KnormCache to save"
         )
-    # Where a loaded cache still maps the file, Windows does not delete it.
-    with TemporaryDirectory(prefix="knormpress-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "context.safetensors"
-        cache.save(path)
-        yield _Saved(path, cache.score)
+    path = folder / "context.safetensors"
+    cache.save(path)
+    return _Saved(path, cache.score)
 
 
 def can_be_reused(model: PreTrainedModel, method: Method) -> bool:
@@ -169,8 +177,11 @@ def filled_cache(
         if way.question is None:
             yield cache
             return
-        with _saved(cache, method) as saved, caches_of(saved, model) as load:
-            yield load()
+        with _folder() as folder:
+            saved = _save(cache, method, folder)
+            del cache
+            with caches_of(saved, model) as load:
+                yield load()
 
 
 def slots_of(cache: Cache) -> list[int]:
