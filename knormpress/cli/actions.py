@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from knormpress.errors import KnormError
+from knormpress.files import room_for
 from knormpress.show.progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def run_tasks(
         how: the method and its policy, see ``lm_eval.model.KnormLM``.
 
     Raises:
-        KnormError: the harness is not installed, or can't run the tasks with this model and method.
+        KnormError: the harness is not installed, or can't run the tasks with this model and method; or ``path`` can't
+            be written, which is told before anything is run if it is so already.
         Stopped: the user stopped the command.
     """
     from knormpress.lm_eval import expect_harness
@@ -114,8 +116,8 @@ def run_tasks(
     expect_harness()
     from knormpress.lm_eval.model import KnormLM
     from knormpress.lm_eval.run import compare_tasks, find_tasks
+    from knormpress.measure.sweep import store_record
     from knormpress.methods.method import describe_method
-    from knormpress.records.jsonl import append_record
     from knormpress.records.schema import Entry
     from knormpress.workload.bench import describe_model
     from knormpress.workload.devices import resolve
@@ -123,23 +125,24 @@ def run_tasks(
     from knormpress.workload.models import load_model
 
     manager = find_tasks(names, folder)
-    with _stoppable("nothing is kept, and the same command starts over"), TerminalProgress() as progress:
+    stopped = "nothing is kept, and the same command starts over"
+    with room_for(path), _stoppable(stopped), TerminalProgress() as progress:
         loaded = load_model(model, device=resolve(device), dtype=dtype)
         asked = KnormLM(loaded.model, tokenizer=loaded.tokenizer, progress=progress, **how)
         tasks, text = compare_tasks(asked, manager, names, few_shot=few_shot, limit=limit, chat_template=chat_template)
-    entry = Entry(
-        run=uuid.uuid4().hex,
-        test=f"knormpress lm-eval {','.join(names)}",
-        created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        environment=describe_environment(loaded.model.device),
-        model=describe_model(loaded),
-        text=text,
-        method=describe_method(asked.method),
-        conditions={"few_shot": few_shot, "limit": limit, "prefill_chunk": asked.prefill_chunk},
-        lm_eval=tasks,
-        passed=True,
-    )
-    append_record(path, entry)
+        entry = Entry(
+            run=uuid.uuid4().hex,
+            test=f"knormpress lm-eval {','.join(names)}",
+            created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            environment=describe_environment(loaded.model.device),
+            model=describe_model(loaded),
+            text=text,
+            method=describe_method(asked.method),
+            conditions={"few_shot": few_shot, "limit": limit, "prefill_chunk": asked.prefill_chunk},
+            lm_eval=tasks,
+            passed=True,
+        )
+        store_record(path, entry, progress)
     return entry
 
 

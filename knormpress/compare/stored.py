@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from knormpress.compare.verdicts import Finding, Verdict, Word, judge, machine_class, summed
+from knormpress.compare.verdicts import TIMED, Finding, Verdict, Word, judge, machine_class, slower, summed
 from knormpress.errors import KnormError
+from knormpress.records.decisions import Acceptance
 from knormpress.records.git import ancestors, is_shallow
 from knormpress.records.history import History, shortened
 from knormpress.records.schema import SCHEMA_VERSION, Entry
@@ -23,8 +24,8 @@ def judge_entries(
 ) -> Verdict:
     """Judge entries of one test at one commit, compared with the nearest ancestor commit that has data.
 
-    A loss since the pinned commit fails too. What was accepted takes the place of an older reference and of an older
-    pin, for its metric alone.
+    A loss since the pinned commit fails too; without an ancestor that has data, the pinned commit is the reference.
+    What was accepted takes the place of an older reference and of an older pin, for its metric alone.
 
     Args:
         history: the stored runs.
@@ -38,7 +39,7 @@ def judge_entries(
     last = now[-1]
     reference = _reference(history, now, base)
     pinned = None if base or history.pinned == last.environment.git_commit else history.pinned
-    accepted = [one for one in history.accepted if one.entry.test == last.test and not _difference(one.entry, last)]
+    accepted = _accepted(history, last, base)
     verdict = reference.judge(now, thresholds)
     if not pinned and not accepted:
         return verdict
@@ -49,23 +50,55 @@ def judge_entries(
         pin = _reference(history, now, pinned)
         judged = pin.judge(now, thresholds)
         since = {finding.metric: (finding, f"since the pinned {pinned[:12]}") for finding in judged.findings}
-        notes += [] if pin.entries else [f"not compared with the pinned {pinned[:12]}: {judged.reason}"]
+        if not pin.entries:
+            notes.append(f"not compared with the pinned {pinned[:12]}: {judged.reason}")
+        elif not reference.entries:
+            notes.append(f"only the pinned commit can be compared: {pin.reason}")
     distance = _distances(last, history.repository)
     for one in sorted(accepted, key=lambda one: distance(one.entry), reverse=True):
         level = next((f for f in judge([one.entry], now, thresholds, "").findings if f.metric == one.metric), None)
-        if level is None or level.word == "incomparable" or distance(one.entry) == math.inf:
+        # At one commit the reference's own runs stand. Without git nothing tells which is nearer.
+        nearer = [
+            last.environment.git_commit is None or distance(one.entry) < distance(other.nearest)
+            for other in ((reference, pin) if pinned else (reference,))
+        ]
+        if level is None or not any(nearer):
             continue
         where = (one.entry.environment.git_commit or "no commit")[:12]
-        if distance(one.entry) <= distance(reference.nearest):
+        unlike = _unlike(one, level, last)
+        if unlike:
+            notes.append(f"{one.metric} was accepted at {where}, {unlike}, so it is not applied")
+            continue
+        if nearer[0]:
             findings[one.metric] = level
             notes.append(f"{one.metric} as accepted at {where} by {one.who}: {one.why}")
-        if pinned and distance(one.entry) <= distance(pin.nearest):
+        if nearer[1:] == [True]:
             since[one.metric] = level, f"since it was accepted at {where}"
     for metric, (finding, when) in since.items():
         if finding.word == "regressed" and (metric not in findings or findings[metric].word != "regressed"):
             findings[metric] = replace(finding, reason=f"{finding.reason}, {when}")
+        elif not reference.entries:
+            findings.setdefault(metric, finding)
     reason = "; ".join(notes)
     return summed(last.test, tuple(findings.values()), reason) if findings else replace(verdict, reason=reason)
+
+
+def _accepted(history: History, now: Entry, base: str | None) -> list[Acceptance]:
+    """What was accepted for ``now``, but not up to ``base``: its own runs have that level."""
+    accepted = [one for one in history.accepted if one.entry.test == now.test and not _difference(one.entry, now)]
+    of_base = ancestors(base, history.repository) if base and accepted else []
+    return [one for one in accepted if one.entry.environment.git_commit not in of_base]
+
+
+def _unlike(accepted: Acceptance, level: Finding, now: Entry) -> str:
+    """Why ``now`` can't be compared with the accepted ``level``, in words; empty if it can."""
+    old, new = accepted.entry.environment, now.environment
+    if accepted.metric in TIMED and machine_class(old) != machine_class(new):
+        return "on another machine"
+    if level.word != "incomparable":
+        return ""
+    same_versions = (old.torch, old.transformers) == (new.torch, new.transformers)
+    return "under other conditions" if same_versions else "under other versions"
 
 
 def _distances(now: Entry, repository: Path | None) -> Callable[[Entry | None], float]:
@@ -160,6 +193,8 @@ def vanished_tests(history: History, run: str, tests: Sequence[str], expected: C
 def judge_newest(history: History, thresholds: Mapping[str, float]) -> list[Verdict]:
     """Judge the newest stored run, test by test, and the tests that are missing since the run before it.
 
+    A time that did not regress by the run's own verdict is no more than noise here: only the run could measure twice.
+
     Raises:
         KnormError: nothing is stored, or as for ``judge_entries``.
     """
@@ -169,9 +204,26 @@ def judge_newest(history: History, thresholds: Mapping[str, float]) -> list[Verd
     newest = [entry for entry in history.entries if entry.run == run]
     tests = [entry.test for entry in newest]
     return [
-        *(judge_entries(history, [entry], thresholds) for entry in newest),
+        *(_as_in_its_run(judge_entries(history, [entry], thresholds), entry) for entry in newest),
         *vanished_tests(history, run, tests, lambda _: True),
     ]
+
+
+def _as_in_its_run(verdict: Verdict, entry: Entry) -> Verdict:
+    cleared = {metric for metric in slower(verdict) if entry.verdicts.get(metric, "regressed") != "regressed"}
+    if not cleared:
+        return verdict
+    findings = [
+        replace(
+            finding,
+            word="noise",
+            reason=f"{finding.reason}: {entry.verdicts[finding.metric]} in its own run, which can measure twice",
+        )
+        if finding.metric in cleared
+        else finding
+        for finding in verdict.findings
+    ]
+    return summed(verdict.test, findings, verdict.basis)
 
 
 def judge_commits(history: History, base: str, head: str, thresholds: Mapping[str, float]) -> list[Verdict]:

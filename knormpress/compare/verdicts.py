@@ -25,6 +25,7 @@ from knormpress.stats.shares import share_of
 
 __all__ = [
     "THRESHOLDS",
+    "TIMED",
     "Finding",
     "Verdict",
     "Word",
@@ -64,8 +65,8 @@ THRESHOLDS: Mapping[str, float] = {
 ``tasks`` is in points of the share of right documents of lm-evaluation-harness.
 """
 
-# A disturbance can change them.
-_TIMED = frozenset({"ttft", "tpot", "throughput", "ttft_s", "tpot_s"})
+TIMED = frozenset({"ttft", "tpot", "throughput", "ttft_s", "tpot_s"})
+"""The metrics that a disturbance of the machine can change."""
 
 # A session decides on many timed metrics, and the interval of one process leaves out how processes differ. So it takes
 # more than 95 % to fail a test: the most that 6 pairs against 6 can tell.
@@ -138,13 +139,14 @@ def judge(before: Sequence[Entry], now: Sequence[Entry], thresholds: Mapping[str
 
 def slower(verdict: Verdict) -> set[str]:
     """The timed metrics that regressed, which must be measured once more before they fail a test."""
-    return {finding.metric for finding in verdict.findings if finding.word == "regressed"} & _TIMED
+    return {finding.metric for finding in verdict.findings if finding.word == "regressed"} & TIMED
 
 
 def confirmed(first: Verdict, second: Verdict) -> Verdict:
     """The verdict on a test that was measured once more, since a timed metric regressed in the ``first`` measurement.
 
-    It is that of the ``second``, but a timed metric regressed only if it did so in both. The reason shows both changes.
+    It is that of the ``second``, but a timed metric regressed only if it did so in both. The reason shows both changes;
+    the ``first`` may lack a metric.
     """
     earlier = {finding.metric: finding for finding in first.findings}
     alarms = slower(first) | slower(second)
@@ -152,8 +154,8 @@ def confirmed(first: Verdict, second: Verdict) -> Verdict:
     findings, shown = [], []
     for finding in second.findings:
         if finding.metric in alarms:
-            both = (earlier[finding.metric].change, finding.change)
-            changes = [f"{change} ({change.interval})" for change in both if change is not None]
+            both = (earlier.get(finding.metric), finding)
+            changes = [f"{one.change} ({one.change.interval})" for one in both if one and one.change]
             shown.append(f"{finding.metric} {', then '.join(changes)}")
         if finding.metric in once:
             findings.append(replace(finding, word="noise", reason=f"{finding.reason}: in one of two measurements"))

@@ -124,18 +124,23 @@ def _one_line(names: Sequence[str]) -> Iterator[None]:
 
 def _metrics(full: Any, candidate: Any) -> Iterator[TaskMetric]:
     for task, figures in full["results"].items():
+        # A group, whose figures are those of its tasks together, has no samples of its own.
+        if task not in full["samples"]:
+            continue
         for metric, figure in figures.items():
             name, _, key = metric.partition(",")
             if not key or name.endswith("_stderr") or not isinstance(figure, int | float):
                 continue
-            sides = [_right(side["samples"].get(task, ()), name, key) for side in (full, candidate)]
+            higher_is_better = full["higher_is_better"].get(task, {}).get(name)
+            sides = [_right(side["samples"][task], name, key) for side in (full, candidate)]
             yield TaskMetric(
                 task=task,
                 metric=metric,
-                higher_is_better=full["higher_is_better"].get(task, {}).get(name),
+                higher_is_better=higher_is_better,
                 full=float(figure),
                 candidate=float(candidate["results"][task][metric]),
-                right=tuple(zip(*sides, strict=True)) if all(sides) else (),
+                # Where less is better, 1 says that a document is wrong.
+                right=tuple(zip(*sides, strict=True)) if all(sides) and higher_is_better is not False else (),
             )
 
 

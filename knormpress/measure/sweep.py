@@ -33,7 +33,7 @@ from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.policy.plan import shipped_plan
 from knormpress.progress import Progress
-from knormpress.records.figures import Quality
+from knormpress.records.figures import Quality, Strict
 from knormpress.records.git import tree
 from knormpress.records.jsonl import append_record, read_records
 from knormpress.records.plan import read_plan
@@ -45,7 +45,7 @@ from knormpress.workload.devices import resolve
 from knormpress.workload.tasks.draw import LENGTHS
 from knormpress.workload.tasks.haystack import DEFAULT_TASKS, Haystack, haystacks, named_tasks
 
-__all__ = ["SweepSettings", "run", "tasks_of"]
+__all__ = ["SweepSettings", "run", "store_record", "tasks_of"]
 
 _LOADING = "loading the model"
 _LEAST_SCORED = 32
@@ -126,7 +126,7 @@ def run(
                         path.rename(new_name)
                         progress.say(f"the earlier results are now in {new_name}")
                         new_name = None
-                    _store(path, record, progress)
+                    store_record(path, record, progress)
                 yield record
 
 
@@ -360,8 +360,12 @@ def _check_presses(settings: SweepSettings, bench: Bench) -> None:
             )
 
 
-def _store(path: Path, record: Record, progress: Progress) -> None:
-    """Add ``record`` to the file; if that fails, show it, so that what was measured is not lost."""
+def store_record(path: Path, record: Strict, progress: Progress) -> None:
+    """Add ``record`` to the file; if that fails, show it, so that what was measured is not lost.
+
+    Raises:
+        KnormError: it can't be written.
+    """
     try:
         append_record(path, record)
     except OSError as error:

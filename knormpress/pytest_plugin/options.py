@@ -24,6 +24,7 @@ __all__ = [
     "presses",
     "setting",
     "spelled",
+    "threshold_text",
     "usage",
     "warn_of_other_settings",
 ]
@@ -80,6 +81,11 @@ def setting(config: pytest.Config, name: str) -> str:
     """The text that was given for an option, on the command line or as an ini setting; empty if none was given."""
     given = config.getoption(spelled(name))
     return str(config.getini(f"knorm_{name}") if given is None else given)
+
+
+def threshold_text(config: pytest.Config) -> str:
+    """The thresholds of the ini setting, and behind them those of the command line, which win."""
+    return ",".join([str(config.getini("knorm_thresholds")), config.getoption(spelled("thresholds")) or ""])
 
 
 def flag(config: pytest.Config, name: str) -> bool:

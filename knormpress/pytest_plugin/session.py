@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from knormpress.errors import KnormError
-from knormpress.pytest_plugin.options import flag, setting
+from knormpress.pytest_plugin.options import flag, setting, threshold_text
 
 if TYPE_CHECKING:
     from knormpress.compare.verdicts import Verdict
@@ -71,7 +71,7 @@ class StoredRun:
             history = replace(history, decisions=(*history.decisions, decision))
         # The workers of pytest-xdist add to the run of the process that started them.
         name = getattr(config, "workerinput", {}).get(_RUN_OF_WORKER) or uuid.uuid4().hex
-        return cls(name, storage, history, compares, read_thresholds(setting(config, "thresholds")))
+        return cls(name, storage, history, compares, read_thresholds(threshold_text(config)))
 
     def told_to(self, node: Any) -> None:
         """Give a worker of pytest-xdist, which is about to start, the name of this run."""

@@ -29,9 +29,15 @@ def head() -> str | None:
 
 
 def user() -> str:
-    """Who works here: as git writes it into commits, else the name of the login."""
+    """Who works here: as git writes it into commits, else the name of the login, else ``unknown``."""
     name, email = git("config", "user.name"), git("config", "user.email")
-    return f"{name} <{email}>" if name and email else name or getpass.getuser()
+    if name:
+        return f"{name} <{email}>" if email else name
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        # In a container the user may be a number without a name.
+        return "unknown"
 
 
 @functools.cache

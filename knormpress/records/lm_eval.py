@@ -20,7 +20,7 @@ class TaskMetric(Strict):
         higher_is_better: whether more is better; None if the task does not say.
         full, candidate: the metric through the full cache and through the candidate's.
         right: for each document, whether the full cache and the candidate have it right. Empty for a metric that is
-            not the share of documents that are right.
+            not the share of documents that are right, such as one of which less is better.
     """
 
     task: str

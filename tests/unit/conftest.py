@@ -17,6 +17,7 @@ from matplotlib.text import Text
 # pytester forgets what a run imports, and datasets can't be imported twice.
 import knormpress.pytest_plugin.measured
 import knormpress.show.verdict_table  # noqa: F401
+from knormpress.pytest_plugin import plugin
 from tests.pictures import Drawn
 from tests.tiny_folder import save_model, save_text
 
@@ -33,6 +34,12 @@ def _little_to_collect() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _benches_of_their_own() -> None:
+    """A session keeps its model and environment, of which the commit of the folder that it ran in is a part."""
+    plugin._bench.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -147,6 +147,22 @@ def test_a_checkout_without_the_commits_before_is_refused(act: Act, monkeypatch:
     assert "fetch-depth: 0" in ran.printed
 
 
+def test_runs_are_saved_and_decisions_are_left_to_git(act: Act) -> None:
+    """A decision that was withdrawn in git would come back with the history."""
+    commit(0.5)
+    act(GATES, tests="test_it.py --knorm-pin HEAD --benchmark-autosave")
+    Path(".benchmarks", "machine").mkdir()
+    Path(".benchmarks", "machine", "0001_benchmark.json").touch()
+    stored = {path for path in Path(".benchmarks").rglob("*.json*") if path.is_file()}
+    decisions = {path for path in stored if "decisions" in path.parts}
+    assert decisions
+    places = {step["uses"].partition("@")[0]: step["with"]["path"] for step in STEPS if "path" in step.get("with", {})}
+    assert places["actions/cache/save"] == places["actions/cache/restore"]
+    assert {*Path().glob(places["actions/cache/save"])} == stored - decisions
+    runs = {path for pattern in places["actions/upload-artifact"].split() for path in Path().glob(pattern)}
+    assert runs == {path for path in stored - decisions if path.suffix == ".jsonl"} != set()
+
+
 def test_no_input_becomes_code() -> None:
     assert [step["run"] for step in STEPS if "${{" in step.get("run", "")] == []
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from knormpress.compare.verdicts import THRESHOLDS, machine_class
+from knormpress.errors import KnormError
+from knormpress.records.git import ancestors, is_shallow
 from knormpress.records.schema import Entry
 from knormpress.show.page.followed import FIGURES, Figure
 from knormpress.show.page.parts import Block, Cell, Heading, Statement, Statements, Table
@@ -73,8 +75,8 @@ class Followed:
             ("No.", "Test", "Figure", "Commits", "Slope a commit", "Steps"),
             tuple(one.row() for one in followed),
             row_heads=3,
-            note=f"Clean runs that passed, of the newest {_MOST_COMMITS} commits; times of one machine only. "
-            f"A slope needs {FEWEST_FOR_SLOPE} commits and a step {FEWEST_FOR_STEPS}; a step lasts for two.",
+            note=f"Clean runs that passed, of the newest {_MOST_COMMITS} commits of this line; times of one machine "
+            f"only. A slope needs {FEWEST_FOR_SLOPE} commits and a step {FEWEST_FOR_STEPS}; a step lasts for two.",
             folded=True,
         )
 
@@ -89,10 +91,11 @@ def trend_blocks(followed: Sequence[Followed]) -> Iterator[Block]:
 
 def follow(tests: Sequence[Mapping[str, Entry]]) -> Iterator[Followed]:
     """The figures of ``tests`` that have enough commits; a test is given by its entry for each run, oldest first."""
+    line = _line([entry for by_run in tests for entry in by_run.values()])
     for number, by_run in enumerate(tests, start=1):
         entries = [entry for entry in by_run.values() if entry.passed and not entry.environment.git_dirty]
         for figure in FIGURES:
-            commits = _by_commit([entry for entry in entries if math.isfinite(figure.of(entry))], figure)
+            commits = _by_commit([entry for entry in entries if math.isfinite(figure.of(entry))], figure, line)
             levels = [statistics.median(map(figure.of, runs)) for runs in commits]
             if figure.level == 1.0 and levels:
                 middle = statistics.median(levels)
@@ -103,8 +106,26 @@ def follow(tests: Sequence[Mapping[str, Entry]]) -> Iterator[Followed]:
                 yield Followed(number, newest[-1].test, figure, newest, found)
 
 
-def _by_commit(entries: Sequence[Entry], figure: Figure) -> list[list[Entry]]:
-    """The entries of each commit, in the order of its newest run; without git each run stands for itself."""
+def _line(entries: Sequence[Entry]) -> Mapping[str, int] | None:
+    """The place of each commit that the newest entry comes from, its own the last; None if git can't tell."""
+    newest = max(entries, key=lambda entry: entry.created, default=None)
+    commit = newest.environment.git_commit if newest else None
+    if commit is None or is_shallow():
+        return None
+    try:
+        return {one: place for place, one in enumerate(reversed(ancestors(commit)))}
+    except KnormError:
+        return None
+
+
+def _by_commit(entries: Sequence[Entry], figure: Figure, line: Mapping[str, int] | None) -> list[list[Entry]]:
+    """The entries of each commit of the ``line``, in its order; without one, of all commits in the order of their runs.
+
+    An entry without a commit stands for itself.
+    """
+    if line is not None:
+        of_line = [entry for entry in entries if entry.environment.git_commit in line]
+        entries = sorted(of_line, key=lambda entry: line[str(entry.environment.git_commit)])
     commits: dict[str, list[Entry]] = {}
     for entry in entries:
         if not figure.is_timed or machine_class(entry.environment) == machine_class(entries[-1].environment):

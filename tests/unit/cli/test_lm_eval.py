@@ -81,6 +81,24 @@ def test_contexts_too_short_to_be_pruned_leave_nothing(command: list[str], capsy
     assert list(Path().iterdir()) == []
 
 
+def test_a_place_that_nothing_can_be_written_to_is_told_before_anything_is_run(
+    command: list[str], fails: Fails
+) -> None:
+    Path("results").write_text("a file", encoding="utf-8")
+    # It would be the model that is missing, if it were loaded first.
+    assert "nothing can be written to results" in fails(*command, "--keep-ratio", "0.5", "--model", "nowhere")
+
+
+def test_a_record_that_cannot_be_written_is_printed(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("results/.knormpress.lock").mkdir(parents=True)
+    assert main([*command, "--keep-ratio", "0.5", "--limit", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *_, printed, error = captured.err.splitlines()
+    assert Entry.model_validate_json(printed).lm_eval is not None
+    assert "can't be written to results" in error
+
+
 def test_without_the_harness_it_says_what_to_install(
     command: list[str], fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,17 @@ def test_a_pin_that_nothing_is_stored_of_is_told(repository: Repository, line: l
     assert f"not compared with the pinned {line[0][:12]}: no usable run" in judged.reason
 
 
+def test_a_pin_is_the_reference_where_no_ancestor_has_data(repository: Repository, line: list[str]) -> None:
+    aside = repository.commit(line[0])
+    past = Past(repository, Pin(commit=aside))
+    past.run(aside, 0)
+    judged = past.run(line[1], 0)
+    assert judged.word == "ok"
+    assert words(judged) == {"bytes": "ok", "ppl": "ok", "kl": "ok"}
+    assert f"only the pinned commit can be compared: against {aside[:12]}" in judged.reason
+    assert past.run(repository.commit(line[0]), 5).word == "regressed"
+
+
 def test_the_pin_counts_for_no_commit_that_was_asked_for(repository: Repository, line: list[str]) -> None:
     past = Past(repository, Pin(commit=line[0]))
     for n, commit in enumerate(line[:2]):
@@ -138,6 +149,67 @@ def test_without_a_pin_an_accepted_level_is_none(repository: Repository, line: l
     past.accept()
     grown = [past.run(commit, more).word for commit, more in zip(line[2:5], (5.4, 5.8, 6.2), strict=True)]
     assert grown == ["ok", "ok", "ok"]
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_later_runs_of_the_accepted_commit_stand_before_the_accepted_level(
+    repository: Repository, line: list[str], pinned: bool
+) -> None:
+    past = Past(repository, *([Pin(commit=line[1])] if pinned else []))
+    past.run(line[0], 0)
+    past.run(line[1], 5)
+    past.accept()
+    assert past.run(line[1], 4.8).word == "ok"
+    judged = past.run(line[2], 5.4)
+    assert judged.word == "regressed"
+    assert "accepted" not in judged.reason
+
+
+def test_what_was_accepted_up_to_a_base_does_not_replace_its_runs(repository: Repository, line: list[str]) -> None:
+    past = Past(repository)
+    past.run(line[0], 0)
+    past.run(line[1], 5)
+    past.accept()
+    base = repository.commit(line[1])
+    past.run(base, 4.8)
+    past.run(line[2], 5.4)
+    now = past.history.entries[-1].model_copy(update={"run": "now"})
+    assert judge_entries(past.history, [now], THRESHOLDS, base).word == "regressed"
+
+
+def test_an_accepted_time_counts_on_its_own_machine_alone(repository: Repository, line: list[str]) -> None:
+    days = (f"2026-01-{day:02}" for day in range(1, 9))
+
+    def entry(commit: str, tpot: float, **how: object) -> Entry:
+        return make_entry(run=(day := next(days)), created=day, commit=commit, tpot=tpot, noise=0.001, **how)
+
+    before = entry(line[0], 0.0)
+    lost = entry(line[1], 30.0, verdicts={"tpot": "regressed"})
+    history = History((before, lost), repository=repository.folder)
+    (made,) = accept(history, TEST, "tpot", "it is worth it", THRESHOLDS)
+    history = History(history.entries, repository=repository.folder, decisions=(made,))
+    assert words(judge_entries(history, [entry(line[2], 30.0)], THRESHOLDS))["tpot"] == "ok"
+    judged = judge_entries(history, [entry(line[2], 30.0, device_name="another processor")], THRESHOLDS)
+    assert words(judged)["tpot"] == "regressed"
+    assert f"tpot was accepted at {line[1][:12]}, on another machine, so it is not applied" in judged.reason
+
+
+def test_an_accepted_level_under_other_versions_is_told_of(repository: Repository, line: list[str]) -> None:
+    before, lost = (
+        make_entry(
+            run=run, created=f"2026-01-0{run}", commit=line[int(run)], parts=("cost",), keep_ratio=ratio, method="m"
+        )
+        for run, ratio in (("0", 0.5), ("1", 0.9))
+    )
+    lost = lost.model_copy(update={"verdicts": {"moved": "regressed"}})
+    history = History((before, lost), repository=repository.folder)
+    made = accept(history, TEST, "moved", "it is worth it", THRESHOLDS)
+    history = History(history.entries, repository=repository.folder, decisions=tuple(made))
+    environment = lost.environment.model_copy(update={"torch": "3.0", "git_commit": line[2]})
+    now = lost.model_copy(update={"run": "now", "environment": environment})
+    told = f"moved was accepted at {line[1][:12]}, under other versions, so it is not applied"
+    assert told in judge_entries(history, [now], THRESHOLDS).reason
+    assert "is not applied" not in judge_entries(history, [lost], THRESHOLDS).reason
 
 
 def test_only_the_accepted_metric_moves(repository: Repository, line: list[str]) -> None:

@@ -183,6 +183,29 @@ def test_the_newest_run_and_what_has_vanished(line: list[str], repository: Repos
         judge_newest(History(()), THRESHOLDS)
 
 
+@pytest.mark.parametrize(
+    ("own", "word"),
+    [
+        ({"tpot": "noise", "throughput": "noise", "tpot_s": "incomparable", "bytes": "ok"}, "noise"),
+        ({"tpot": "regressed"}, "regressed"),
+        ({}, "regressed"),
+    ],
+)
+def test_a_time_regressed_only_if_it_did_so_in_its_own_run(
+    line: list[str], repository: Repository, own: dict[str, str], word: str
+) -> None:
+    before = make_entry(run="a", commit=line[0], created=EARLY, noise=0.001, tpot=0.0)
+    now = make_entry(run="b", commit=line[3], created=LATE, noise=0.001, tpot=30.0, verdicts=own)
+    (judged,) = judge_newest(History((before, now), repository=repository.folder), THRESHOLDS)
+    assert judged.word == word
+    assert ("noise in its own run" in judged.reason) == (word == "noise")
+    larger = make_entry(run="b", commit=line[3], created=LATE, keep_ratio=1.0, method=before.method, verdicts=own)
+    (judged,) = judge_newest(History((before, larger), repository=repository.folder), THRESHOLDS)
+    assert next(one.word for one in judged.findings if one.metric == "bytes") == "regressed", (
+        "exact figures do not vary"
+    )
+
+
 def test_only_expected_tests_of_the_run_before_have_vanished() -> None:
     stored = [
         make_entry(run="old", test="t.py::older", created="2025-01-01T00:00:00+00:00"),

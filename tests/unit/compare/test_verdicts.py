@@ -19,6 +19,7 @@ from knormpress.compare.verdicts import (
     judge,
     read_thresholds,
     slower,
+    summed,
     worst,
 )
 from knormpress.errors import KnormError
@@ -320,6 +321,12 @@ def test_a_time_that_regressed_once_does_not_fail(tpot: tuple[float, float], wor
     assert slower(verdict) == set()
     assert "tpot " in verdict.reason
     assert f"+{max(tpot):.1f} %" in verdict.reason
+
+
+def test_a_time_that_the_first_measurement_could_not_judge_does_not_fail() -> None:
+    first, second = (judged(make_entry(tpot=0.0, noise=0.001), make_entry(tpot=30.0, noise=0.001)) for _ in range(2))
+    verdict = confirmed(summed(first.test, [figure(first, "tpot")], ""), second)
+    assert (words(verdict)["tpot"], words(verdict)["throughput"]) == ("regressed", "noise")
 
 
 def test_what_is_exact_needs_no_second_measurement() -> None:

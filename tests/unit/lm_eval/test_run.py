@@ -11,6 +11,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from knormpress import KnormError, KnormPress
+from knormpress.compare.lm_eval import judge_tasks
 from knormpress.lm_eval.model import KnormLM
 from knormpress.lm_eval.run import compare_tasks, find_tasks
 from tests.lm_eval_tasks import let_answers_be, write_tasks
@@ -47,6 +48,32 @@ def test_both_sides_have_the_figures_of_a_run_of_their_own(loaded: dict[str, Any
     assert (text.name, model.method) == ("choice, cloze", KnormPress(0.05, 16))
     # The contexts of the choices and of the cloze are the same: four questions on each of two texts.
     assert (tasks.contexts, tasks.pruned) == (8, 8)
+
+
+def test_a_group_has_the_metrics_of_its_tasks_and_none_of_its_own(
+    loaded: dict[str, Any], known: Path, tmp_path: Path
+) -> None:
+    """Its figures are no share of documents, so that a gate could not decide by them."""
+    for name in ("choice", "cloze"):
+        (tmp_path / f"{name}.yaml").write_bytes((known / f"{name}.yaml").read_bytes())
+    group = {"group": "both", "task": ["choice", "cloze"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "both.yaml").write_text(json.dumps(group), encoding="utf-8")
+    model = KnormLM(**loaded, method=KnormPress(0.05, 16))
+    tasks, text = compare_tasks(model, find_tasks(["both"], tmp_path), ["both"])
+    assert {metric.task for metric in tasks.metrics} == {"choice", "cloze"} == tasks.kept.keys()
+    assert "choice: " in judge_tasks(tasks, 0.9)[1]
+    assert text.name == "choice, cloze"
+
+
+def test_where_less_is_better_1_is_not_right(loaded: dict[str, Any], known: Path, tmp_path: Path) -> None:
+    wrong = {"metric": "acc", "aggregation": "mean", "higher_is_better": False}
+    for metrics in ([wrong], [wrong, {"metric": "acc_norm"}]):
+        task = json.loads((known / "choice.yaml").read_text(encoding="utf-8")) | {"metric_list": metrics}
+        (tmp_path / "choice.yaml").write_text(json.dumps(task), encoding="utf-8")
+        model = KnormLM(**loaded, method=KnormPress(0.05, 16))
+        tasks, _ = compare_tasks(model, find_tasks(["choice"], tmp_path), ["choice"])
+        assert [metric.metric for metric in tasks.metrics if metric.right] == ["acc_norm,none"][: len(metrics) - 1]
+        assert len(tasks.right) == len(metrics) - 1
 
 
 def test_other_documents_or_another_split_are_another_text(loaded: dict[str, Any], known: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+# pytester forgets what a run imports, and a model can't be registered twice.
+import knormpress.lm_eval.model  # noqa: F401
 from knormpress.records.history import History
 from tests.lm_eval_tasks import let_answers_be, write_tasks
 from tests.unit.conftest import Run

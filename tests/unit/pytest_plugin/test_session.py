@@ -155,6 +155,14 @@ def test_saving_comparing_and_thresholds_as_settings(run: Run) -> None:
         run(ONE, ini="knorm_compare = true\nknorm_thresholds = bytes=20").assert_outcomes(passed=1)
 
 
+def test_thresholds_of_the_command_line_come_on_top_of_the_settings(run: Run) -> None:
+    settings = "knorm_compare = true\nknorm_thresholds = bytes=20"
+    run(ONE, ini=settings)
+    with wasteful():
+        run(ONE, "--knorm-thresholds", "ttft=1000", ini=settings).assert_outcomes(passed=1)
+        run(ONE, "--knorm-thresholds", "bytes=5", ini=settings).assert_outcomes(failed=1)
+
+
 def test_the_closest_mark_decides(compare: Run) -> None:
     compare(ONE)
     marked = "import pytest\n\npytestmark = pytest.mark.knorm_thresholds(bytes={})\n\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from knormpress.errors import KnormError
-from knormpress.records.git import ancestors, git, head, is_dirty, is_shallow
+from knormpress.records.git import ancestors, git, head, is_dirty, is_shallow, user
 from tests.repository import Repository, run_git
 
 
@@ -73,3 +74,13 @@ def test_outside_of_a_repository_nothing_is_known(tmp_path: Path, monkeypatch: p
     assert (head(), is_dirty(), is_shallow()) == (None, None, False)
     monkeypatch.setenv("PATH", "")
     assert git("version") is None
+
+
+def test_a_user_without_a_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    assert user() == "unknown"
+    monkeypatch.setenv("LOGNAME", "ada")
+    assert user() == "ada"

@@ -23,6 +23,7 @@ from knormpress.stats.intervals import Change
 from tests.entry_factory import make_entry
 from tests.plan_factory import make_plan
 from tests.record_factory import make_planned, make_record, make_records, without_more
+from tests.repository import Repository
 
 NOTHING = History(())
 
@@ -257,13 +258,13 @@ def test_a_regression_that_an_earlier_run_found_stays_marked() -> None:
     assert "(regressed)" in Report(history=History(tuple(entries)))["history"]
 
 
-def past(sizes: Sequence[float]) -> History:
-    """A run and a commit for each size of the cache, in % of the first."""
+def past(sizes: Sequence[float], commits: Sequence[str] = ()) -> History:
+    """A run and a commit for each size of the cache, in % of the first; git knows those that are given."""
     entries = []
     for n, size in enumerate(sizes):
         entry = make_entry(
             run=f"r{n}",
-            commit=f"{n:040x}"[::-1],
+            commit=commits[n] if commits else f"{n:040x}"[::-1],
             created=f"2026-01-{n + 1:02}",
             parts=("memory",),
         )
@@ -296,6 +297,20 @@ def test_a_creep_is_told_and_a_step_that_was_taken_back_is_not() -> None:
     assert "+10.00 % at 5000000 (2026-01-06); \N{MINUS SIGN}10.00 % at" in repaired["history"]
     assert "too few commits" in Report(history=past([100.0] * 6))["history"]
     assert "Slope" not in Report(history=past([100.0] * 4))["history"]
+
+
+def test_a_trend_follows_the_line_of_the_newest_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Repository(tmp_path / "repository")
+    monkeypatch.chdir(repository.folder)
+    line = repository.line(10)
+    sizes = [100.0] * 6 + [100.4] * 4
+    aside = repository.line(3, start=line[2])
+    # Two commits were measured late, and another branch in between.
+    commits = [*line[:4], *aside, *line[6:9], line[5], line[4], line[9]]
+    by_commit = {**dict(zip(line, sizes, strict=True)), **dict.fromkeys(aside, 150.0)}
+    told = Report(history=past([by_commit[commit] for commit in commits], commits))["history"]
+    assert "| 10 |" in told
+    assert f"+0.40 % at {line[6][:7]} (2026-01-08) |" in told
 
 
 def test_runs_of_one_commit_are_one_point_and_dirty_ones_none() -> None:
