@@ -10,7 +10,7 @@ import pytest
 from knormpress.policy.policy import share
 
 PROMPT_TOKENS = 1024
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 # As many as give an interval; --knorm-seconds adds more.
 LEAST_PAIRS = 6
 # At keep 0.9 a cache is pruned again after 640 tokens.
