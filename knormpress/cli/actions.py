@@ -116,8 +116,8 @@ def run_tasks(
     expect_harness()
     from knormpress.lm_eval.model import KnormLM
     from knormpress.lm_eval.run import compare_tasks, find_tasks
-    from knormpress.measure.sweep import store_record
     from knormpress.methods.method import describe_method
+    from knormpress.records.jsonl import store_record
     from knormpress.records.schema import Entry
     from knormpress.workload.bench import describe_model
     from knormpress.workload.devices import resolve

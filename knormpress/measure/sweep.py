@@ -12,7 +12,7 @@ Changes without a commit are not noticed: use ``fresh`` after them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import count
@@ -29,13 +29,14 @@ from knormpress.measure.options import Candidates, Effort, Source
 from knormpress.measure.prefill import Way, can_be_reused
 from knormpress.measure.quality import decodes_in_few_passes, measure_quality
 from knormpress.measure.retrieval import measure_retrieval
+from knormpress.measure.steps import Steps
 from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.policy.plan import shipped_plan
 from knormpress.progress import Progress
-from knormpress.records.figures import Quality, Strict
+from knormpress.records.figures import Quality
 from knormpress.records.git import tree
-from knormpress.records.jsonl import append_record, read_records
+from knormpress.records.jsonl import read_records, store_record
 from knormpress.records.plan import read_plan
 from knormpress.records.retrieval import Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
@@ -45,7 +46,7 @@ from knormpress.workload.devices import resolve
 from knormpress.workload.tasks.draw import LENGTHS
 from knormpress.workload.tasks.haystack import DEFAULT_TASKS, Haystack, haystacks, named_tasks
 
-__all__ = ["SweepSettings", "run", "store_record", "tasks_of"]
+__all__ = ["SweepSettings", "run", "tasks_of"]
 
 _LOADING = "loading the model"
 _LEAST_SCORED = 32
@@ -118,7 +119,8 @@ def run(
             settings = _with_plan(settings, bench, progress)
             _check_presses(settings, bench)
             cells = [_cells(settings, bench, tokens) for tokens in settings.effort.prompt_tokens]
-            steps = _Steps(settings, cells, progress)
+            lengths = [len(wanted) for wanted in cells] * len(settings.source.device)
+            steps = Steps(settings.effort, len(tasks_of(settings.effort)), lengths, progress, _LOADING)
         for wanted in cells:
             for record in _measure(settings, bench, wanted, stored, steps):
                 if _key(record) not in stored:
@@ -153,7 +155,7 @@ def _cells(settings: SweepSettings, bench: Bench, prompt_tokens: int) -> list[_C
 
 
 def _measure(
-    settings: SweepSettings, bench: Bench, wanted: Sequence[_Cell], stored: dict[_Key, Record], steps: _Steps
+    settings: SweepSettings, bench: Bench, wanted: Sequence[_Cell], stored: dict[_Key, Record], steps: Steps
 ) -> Iterator[Record]:
     """The records of one device and one prompt length, see ``run``."""
     effort, method_name, prompt_tokens = settings.effort, settings.candidates.method, wanted[0].prompt_tokens
@@ -360,68 +362,7 @@ def _check_presses(settings: SweepSettings, bench: Bench) -> None:
             )
 
 
-def store_record(path: Path, record: Strict, progress: Progress) -> None:
-    """Add ``record`` to the file; if that fails, show it, so that what was measured is not lost.
-
-    Raises:
-        KnormError: it can't be written.
-    """
-    try:
-        append_record(path, record)
-    except OSError as error:
-        progress.say(record.model_dump_json())
-        raise KnormError(
-            f"the finished record can't be written to {path} ({error.strerror}); it is printed above: make room, and "
-            "add it to the file as a line"
-        ) from error
-
-
 def _free_name(path: Path) -> Path:
     """The first of results.1.jsonl, results.2.jsonl, ... that does not exist."""
     names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
     return next(name for name in names if not name.exists())
-
-
-class _Steps:
-    """Counts finished steps: each generation, prefill or document is one step."""
-
-    def __init__(self, settings: SweepSettings, cells: Sequence[Sequence[_Cell]], progress: Progress) -> None:
-        self.progress = progress
-        self.runs = 2 * (settings.effort.rounds + 1)
-        self.per_cell = self.runs + 2
-        self.texts = settings.effort.texts * len(tasks_of(settings.effort))
-        self.documents = settings.effort.samples + self.texts
-        behind_each = (len(wanted) * self.per_cell + self.documents for wanted in cells)
-        self.total = len(settings.source.device) * sum(behind_each)
-        self.done = 0
-        self.doing = _LOADING
-
-    def begin(self, doing: str) -> None:
-        self.doing = doing
-        self.progress.step(self.done, self.total, doing)
-
-    def tick(self) -> None:
-        self.done += 1
-        self.progress.step(self.done, self.total, self.doing)
-
-    def tick_at_most(self, times: int) -> Callable[[], None]:
-        """A ``tick`` that counts at most ``times`` steps, since the number of pairs is not known before measuring."""
-        remaining = iter(range(times))
-
-        def tick() -> None:
-            if next(remaining, None) is not None:
-                self.tick()
-
-        return tick
-
-    def ask_nothing(self) -> None:
-        """Subtract the steps of the retrieval of one prompt length, which can't be measured, from the total."""
-        self.total -= self.texts
-        self.begin(self.doing)
-
-    def leave_out(self, cells: int, of: int) -> None:
-        """Subtract the steps of ``cells``, of a length's ``of``, which are in the file already, from the total."""
-        if cells:
-            self.progress.say(f"{cells} of {of} cells were measured before and are taken from the file")
-            self.total -= cells * self.per_cell + (self.documents if cells == of else 0)
-            self.begin(self.doing)

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from knormpress.errors import KnormError
 from knormpress.files import replacing
+from knormpress.progress import Progress
 from knormpress.records.figures import Strict
 from knormpress.records.schema import SCHEMA_VERSION, Entry, Record
 
-__all__ = ["append_record", "fault", "parse_entry", "read_entries", "read_records"]
+__all__ = ["append_record", "fault", "parse_entry", "read_entries", "read_records", "store_record"]
 
 
 def append_record(path: Path, record: Strict) -> None:
@@ -33,6 +34,22 @@ def append_record(path: Path, record: Strict) -> None:
             file.write(before + record.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def store_record(path: Path, record: Strict, progress: Progress) -> None:
+    """Add ``record`` to the file; if that fails, show it, so that what was measured is not lost.
+
+    Raises:
+        KnormError: it can't be written.
+    """
+    try:
+        append_record(path, record)
+    except OSError as error:
+        progress.say(record.model_dump_json())
+        raise KnormError(
+            f"the finished record can't be written to {path} ({error.strerror}); it is printed above: make room, and "
+            "add it to the file as a line"
+        ) from error
 
 
 def read_records(path: Path) -> Iterator[Record]:

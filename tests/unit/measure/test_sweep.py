@@ -27,6 +27,7 @@ from knormpress.measure.quality import score_document
 from knormpress.measure.sweep import SweepSettings, run
 from knormpress.policy import plan as plan_file
 from knormpress.progress import Progress
+from knormpress.records import jsonl
 from knormpress.records.figures import Quality
 from knormpress.records.jsonl import read_records
 from knormpress.records.plan import write_plan
@@ -453,7 +454,7 @@ def test_what_a_full_disk_does_not_take_is_shown(
     def full(path: Path, record: Record) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep, "append_record", full)
+    monkeypatch.setattr(jsonl, "append_record", full)
     told = Told()
     with pytest.raises(KnormError, match=r"results\.jsonl.*No space left"):
         list(run(changed(settings, keep_ratios=(0.3,)), tmp_path / "results.jsonl", progress=told))
