@@ -101,14 +101,14 @@ def losses(records: Iterable[Record]) -> list[str]:
             tasks = [(task, record.retrieval.of(task).share) for task in record.retrieval.asked]
             parts = [f"{task} {part.known - part.found} of {part.known}" for task, part in tasks if part.known]
             sentences.append(
-                f"{_place(record)} {share.known - share.found} of the {share.known} items that the full "
+                f"{_place(record)}, {share.known - share.found} of the {share.known} items that the full "
                 f"cache finds are lost: {', '.join(parts)}."
             )
     return sentences
 
 
 def _place(record: Record) -> str:
-    way = {"": "", "in chunks": ", its prompt in chunks,", "reused": ", its context reused,"}[record.way]
+    way = {"": "", "in chunks": ", its prompt in chunks", "reused": ", its context reused"}[record.way]
     return f"{'Under the plan of' if record.policy.layer_keep_ratios else 'At'} keep ratio {record.label}{way}"
 
 
