@@ -210,3 +210,20 @@ def test_pruning_is_as_before_behind_tokens_that_were_taken_as_single():
         assert [layer.stored for layer in cache.layers] == [30, 20, 20]
         model(tokens(2), past_key_values=cache)
     assert [layer.stored for layer in cache.layers] == [32, 16, 16]
+
+
+@pytest.mark.parametrize("schedule", ["proportional", "iterative"])
+@pytest.mark.parametrize("keep", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("prompt", [3, 20, 100, 400])
+def test_no_cache_is_ever_larger_than_the_full_one(prompt, keep, schedule):
+    """By more than 2 %, at any token: spare room must not take what pruning saves."""
+    model = tiny_model(dtype=torch.float32)
+    cache = KnormCache(model, KnormPress(keep, prune_after=64, schedule=schedule))
+    ids = tokens(prompt + 90)
+    slot = sum(2 * 4 * module.head_dim for module in (layer.self_attn for layer in model.model.layers))
+    slot *= model.config.num_key_value_heads
+    with torch.no_grad():
+        for seen in range(prompt, prompt + 90):
+            model(ids[:, :prompt] if seen == prompt else ids[:, seen - 1 : seen], past_key_values=cache)
+            assert cache.get_seq_length() == seen
+            assert cache.nbytes <= 1.02 * seen * slot
