@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import pickle
 import sys
 from dataclasses import replace
 
@@ -120,6 +122,13 @@ def test_a_file_cut_short_is_refused(saved, size):
     saved.write_bytes(saved.read_bytes()[:size])
     with pytest.raises(KnormError, match=saved.name):
         KnormCache.load(saved, tiny_model())
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy])
+def test_what_would_share_or_lose_its_model_is_refused_in_one_line(duplicate):
+    with pytest.raises(KnormError, match=r"cache\.save.*deepcopy") as refused:
+        duplicate(KnormCache(tiny_model(), KnormPress(0.5)))
+    assert "\n" not in str(refused.value)
 
 
 def test_arguments_in_another_order_are_told_the_right_one(saved):

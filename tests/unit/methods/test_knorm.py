@@ -89,3 +89,15 @@ def test_there_is_a_plan_of_key_norms_alone_and_a_smaller_one():
         for scored in (False, True)
     )
     assert best.mean_keep < norms.mean_keep
+
+
+def test_the_name_of_a_model_is_no_model() -> None:
+    with pytest.raises(KnormError, match=r"got 'gpt2'; wanted a loaded model") as refused, KnormPress(0.5)("gpt2"):
+        pass
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cache_with_its_arguments_swapped_is_told_the_order() -> None:
+    with pytest.raises(KnormError, match=r"KnormPress as the model.*LlamaForCausalLM as the press") as refused:
+        KnormCache(KnormPress(0.5), tiny_model())
+    assert "\n" not in str(refused.value)
