@@ -123,7 +123,7 @@ def timed(
     ttft, tpot = (1 + one / 100 for one in change)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs.time, "perf_counter", made.clock)
-        found = pairs.in_turn(
+        (found,) = pairs.in_turn(
             lambda: made.run(1.0, 1.0, 0.0),
             lambda: made.run(ttft, tpot, machine.own_drift / 100),
             rounds=rounds,

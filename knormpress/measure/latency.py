@@ -7,12 +7,13 @@ is the mean gap: (time of last token - time of first) / (new tokens - 1). **Thro
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import torch
@@ -89,7 +90,7 @@ def time_generation(
 
 def measure_latency(
     model: PreTrainedModel,
-    method: Method,
+    methods: Sequence[Method],
     prompt: Tensor,
     *,
     new_tokens: int,
@@ -97,34 +98,35 @@ def measure_latency(
     precision: float | None = None,
     seconds: float = math.inf,
     prefill_chunk: int | None = None,
-    way: Way | None = None,
-    cold_s: float | None = None,
+    ways: Sequence[Way] | None = None,
     baseline: Method | None = None,
     after_run: Callable[[], None] = lambda: None,
     repeat: Repeat = until_enough,
-) -> Latency:
-    """Time generations with the full cache and with ``method`` in turn, see ``pairs.in_turn``.
+) -> list[Latency]:
+    """Time generations with the full cache and with each method in turn, see ``pairs.in_turn``.
 
-    Each method's context is entered only for its own runs. One short warm-up run of each comes first, without counting.
+    The methods share the full cache's runs, so that they can be compared with each other as well. Each method's context
+    is entered only for its own runs. One short warm-up run of each comes first, without counting.
 
     Args:
         model, prompt, new_tokens, prefill_chunk: as for ``time_generation``.
-        method: the candidate.
+        methods: the candidates.
         rounds: the least number of pairs, 1 or more.
-        precision: continue until both ends of the 95 % intervals of TTFT's and TPOT's change are within this many
-            percent of the change; None stops at ``rounds``.
-        seconds: after ``rounds``, start no more A B B A once this time has passed.
-        way: how the candidate takes the prompt; as the full cache does unless given. A context that it reuses is
+        precision: a method's runs end when both ends of the 95 % intervals of TTFT's and TPOT's change are within this
+            many percent of the change; None stops at ``rounds``.
+        seconds: after ``rounds``, start no more A B B A once this time for each method has passed.
+        ways: how each method's cache takes the prompt; as the full cache does unless given. A context that is reused is
             computed and saved before any clock starts; loading it is in the time.
-        cold_s: recorded as the time of the process's first call.
-        baseline: what is measured in turn with ``method``; the full cache unless given.
+        baseline: what is measured in turn with the methods; the full cache unless given.
         after_run: called after each run, with warm-up.
-        repeat: runs the candidate, see ``pairs.Repeat``.
+        repeat: runs the methods, see ``pairs.Repeat``.
+
+    Returns:
+        One result for each method.
 
     Raises:
         KnormError: ``rounds`` is below 1, or as for ``time_generation``.
     """
-    way = way or Way(prefill_chunk)
 
     def run(which: Method, ids: Tensor, chunk: int | None, tokens: int) -> Run:
         with caches_of(which, model) as new_cache:
@@ -132,21 +134,24 @@ def measure_latency(
         after_run()
         return timed
 
-    with begun(model, method, prompt, way) as (candidate, left), _imports_exempt_from_collection():
-        full, own = (baseline or FullCache(), prompt, prefill_chunk), (candidate, left, way.chunk)
-        for side in (full, own):
+    ways = ways or [Way(prefill_chunk)] * len(methods)
+    with ExitStack() as contexts:
+        sides = [(baseline or FullCache(), prompt, prefill_chunk)]
+        for method, way in zip(methods, ways, strict=True):
+            sides.append((*contexts.enter_context(begun(model, method, prompt, way)), way.chunk))
+        contexts.enter_context(_imports_exempt_from_collection())
+        for side in sides:
             run(*side, min(new_tokens, _WARM_UP_TOKENS))
         speed_before = calibrate(prompt.device)
-        pairs = in_turn(
-            lambda: run(*full, new_tokens),
-            lambda: run(*own, new_tokens),
+        pairs_of_methods = in_turn(
+            *(functools.partial(run, *side, new_tokens) for side in sides),
             rounds=rounds,
             is_precise=None if precision is None else lambda pairs: are_precise(pairs, precision),
-            seconds=seconds,
+            seconds=seconds * len(methods),
             repeat=repeat,
         )
-        speed_after = calibrate(prompt.device)
-    return _latency(pairs).model_copy(update={"calibration_s": (speed_before, speed_after), "ttft_cold_s": cold_s})
+        speed = (speed_before, calibrate(prompt.device))
+    return [_latency(pairs, speed) for pairs in pairs_of_methods]
 
 
 def are_precise(pairs: Pairs[Run], precision: float) -> bool:
@@ -154,7 +159,7 @@ def are_precise(pairs: Pairs[Run], precision: float) -> bool:
 
     Timing stops by this rule; the intervals cover what they say under it, see ``stats.intervals``.
     """
-    latency = _latency(pairs)
+    latency = _latency(pairs, (1.0, 1.0))
     return is_precise([latency.ttft, latency.tpot] if latency.decodes else [latency.ttft], precision)
 
 
@@ -188,12 +193,12 @@ def cold_ttft(model: PreTrainedModel, prompt: Tensor, *, prefill_chunk: int | No
         return time_generation(model, prompt, new_cache, new_tokens=1, prefill_chunk=prefill_chunk).ttft_s
 
 
-def _latency(pairs: Pairs[Run]) -> Latency:
+def _latency(pairs: Pairs[Run], speed: tuple[float, float]) -> Latency:
     return Latency(
         baseline=tuple(pairs.baseline),
         candidate=tuple(pairs.candidate),
         stopped=pairs.stopped,
-        calibration_s=(1.0, 1.0),
+        calibration_s=speed,
         ttft_cold_s=None,
     )
 

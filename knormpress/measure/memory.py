@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,53 +38,58 @@ def cache_bytes(cache: Cache) -> int:
 
 def measure_memory(
     model: PreTrainedModel,
-    method: Method,
+    methods: Sequence[Method],
     prompt: Tensor,
     *,
     prefill_chunk: int | None = None,
-    way: Way | None = None,
+    ways: Sequence[Way] | None = None,
     decoded_tokens: int = 0,
-    policy: Policy | None = None,
+    policies: Sequence[Policy | None] | None = None,
     after_run: Callable[[], None] = lambda: None,
-) -> Memory:
-    """Prefill ``prompt`` into the full cache and into the method's, in separate passes, and read their memory.
+) -> list[Memory]:
+    """Prefill ``prompt`` into the full cache and into each method's, in separate passes, and read their memory.
 
     This is never part of a timed run, since reading the memory takes time.
 
     Args:
         model: a model on the device to measure.
-        method: makes the candidate's cache.
+        methods: make the candidates' caches.
         prompt: (1, n) token ids on the model's device.
         prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
-        way: how the candidate takes the prompt; as the full cache does unless given. Computing a context that it reuses
-            is not in the readings.
+        ways: how each candidate takes the prompt; as the full cache does unless given. Computing a context that it
+            reuses is not in the readings.
         decoded_tokens: after the prompt, decode this many tokens and read the caches' bytes again; 0 decodes none. The
             last 32 are chosen and fed one by one; those before them are the prompt's, fed by ``prefill.decode``.
-        policy: what the method should follow; its own ``press`` unless given.
+        policies: what each method should follow; its own ``press`` unless given.
         after_run: called after each pass.
 
+    Returns:
+        One result for each method; the full cache is read once for all of them.
+
     Raises:
-        KnormError: the method made no cache, its cache holds nothing, or it should drop tokens and holds as much as the
+        KnormError: a method made no cache, its cache holds nothing, or it should drop tokens and holds as much as the
             full cache; or a proportional policy is in use, and its bound was passed while decoding.
     """
-    way = way or Way(prefill_chunk)
     full = _memory_of(model, FullCache(), prompt, prefill_chunk, decoded_tokens)
     after_run()
-    with begun(model, method, prompt, way) as (candidate, left):
-        own = _memory_of(model, candidate, left, way.chunk, decoded_tokens)
-    after_run()
-    memory = Memory(
-        baseline_cache_bytes=full.prompt_bytes,
-        candidate_cache_bytes=own.prompt_bytes,
-        baseline_device=full.readings,
-        candidate_device=own.readings,
-        decoded_tokens=decoded_tokens,
-        baseline_decoded_bytes=full.decoded_bytes,
-        candidate_decoded_bytes=own.decoded_bytes,
-    )
-    drops = sum(own.slots) < sum(full.slots)
-    _check_pruned(method, policy or policy_of(method), memory, prompt.shape[-1], drops=drops)
-    return memory
+    measured = []
+    wanted, ways = policies or [*map(policy_of, methods)], ways or [Way(prefill_chunk)] * len(methods)
+    for method, policy, way in zip(methods, wanted, ways, strict=True):
+        with begun(model, method, prompt, way) as (candidate, left):
+            own = _memory_of(model, candidate, left, way.chunk, decoded_tokens)
+        after_run()
+        memory = Memory(
+            baseline_cache_bytes=full.prompt_bytes,
+            candidate_cache_bytes=own.prompt_bytes,
+            baseline_device=full.readings,
+            candidate_device=own.readings,
+            decoded_tokens=decoded_tokens,
+            baseline_decoded_bytes=full.decoded_bytes,
+            candidate_decoded_bytes=own.decoded_bytes,
+        )
+        _check_pruned(method, policy, memory, prompt.shape[-1], drops=sum(own.slots) < sum(full.slots))
+        measured.append(memory)
+    return measured
 
 
 class _Side(NamedTuple):

@@ -141,15 +141,17 @@ def score_document(
         tokens_held = slots_of(full)
         scores = []
         for method, way in zip(methods, ways, strict=True):
-            name, copied = describe_method(method), None
+            name = describe_method(method)
             with filled_cache(model, method, prompt, full, way=way) as cache:
                 expect_pruned(method, policy_of(method), cache, tokens_held)
-                if decoded and isinstance(cache, KnormCache):
-                    copied = copy.deepcopy(cache)
+                whole = isinstance(cache, KnormCache) and _decodes_whole(cache, scored)
+                copied = copy.deepcopy(cache) if decoded and isinstance(cache, KnormCache) and not whole else None
                 score = predictions.compare(document, _teacher_forced(model, fed, cache), name)
                 if copied is not None:
                     score = predictions.add_decoded(score, _decoded(model, fed, copied), name)
-            if decoded and copied is None:
+            if decoded and whole:
+                score = score.model_copy(update={"decoded_nll": score.candidate_nll})
+            elif decoded and copied is None:
                 # Nobody knows whether a copy of another library's cache still prunes, so it is filled anew.
                 with filled_cache(model, method, prompt, full, way=way) as cache:
                     score = predictions.add_decoded(score, _decoded(model, fed, cache), name)
@@ -167,6 +169,12 @@ def _teacher_forced(model: PreTrainedModel, fed: Tensor, cache: Cache) -> Tensor
     """The logits (S, V) of the tokens ``fed``, sent in one pass after those that ``cache`` holds."""
     logits: Tensor = model(input_ids=fed, past_key_values=cache, use_cache=True).logits[0]
     return logits
+
+
+def _decodes_whole(cache: KnormCache, tokens: int) -> bool:
+    """Whether so many decoded tokens bring no pruning before the last of them, so that one pass is the same."""
+    with cache.as_single_tokens(tokens) as count:
+        return count == tokens
 
 
 def _decoded(model: PreTrainedModel, fed: Tensor, cache: Cache) -> Tensor:

@@ -23,13 +23,20 @@ class Steps:
 
     def __init__(self, effort: Effort, tasks: int, cells: Sequence[int], progress: Progress, doing: str) -> None:
         self.progress = progress
-        self.runs = 2 * (effort.rounds + 1)
-        self.per_cell = self.runs + 2
+        self.rounds = effort.rounds
         self.texts = effort.texts * tasks
         self.documents = effort.samples + self.texts
-        self.total = sum(count * self.per_cell + self.documents for count in cells)
+        self.total = sum(map(self._steps, cells))
         self.done = 0
         self.doing = doing
+
+    def runs(self, cells: int) -> int:
+        """The timed runs of ``cells`` and of the full cache beside them, with the warm-up."""
+        return (cells + 1) * (self.rounds + 1)
+
+    def _steps(self, cells: int) -> int:
+        """Everything for ``cells`` of one length: runs, a pass for the memory of each and the full cache, documents."""
+        return self.runs(cells) + cells + 1 + self.documents if cells else 0
 
     def begin(self, doing: str) -> None:
         """Report that ``doing`` is what comes now."""
@@ -60,5 +67,5 @@ class Steps:
         """Subtract the steps of ``cells``, of a length's ``of``, which are in the file already, from the total."""
         if cells:
             self.progress.say(f"{cells} of {of} cells were measured before and are taken from the file")
-            self.total -= cells * self.per_cell + (self.documents if cells == of else 0)
+            self.total -= self._steps(of) - self._steps(of - cells)
             self.begin(self.doing)

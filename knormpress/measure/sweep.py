@@ -1,4 +1,7 @@
-"""Measure the cells of a sweep, one by one: device x prompt length x policy, each compared with the full cache.
+"""Measure the cells of a sweep: device x prompt length x policy, each compared with the full cache.
+
+The cells of one device and prompt length are measured together and share the full cache's runs. So they can be compared
+with each other, too.
 
 A plan has two cells more, for it shortens TTFT only where the prompt comes in another way: in chunks, each of which is
 pruned, and behind a context that was pruned and saved before. Their quality is measured through that way too, and the
@@ -19,6 +22,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
 from knormpress.files import make_folder
@@ -34,7 +39,7 @@ from knormpress.methods.knorm import KnormPress
 from knormpress.methods.registry import make_method
 from knormpress.policy.plan import shipped_plan
 from knormpress.progress import Progress
-from knormpress.records.figures import Quality
+from knormpress.records.figures import Cost, Latency, Memory, Quality
 from knormpress.records.git import tree
 from knormpress.records.jsonl import read_records, store_record
 from knormpress.records.plan import read_plan
@@ -84,9 +89,9 @@ class SweepSettings:
 def run(
     settings: SweepSettings, path: Path, *, fresh: bool = False, progress: Progress | None = None
 ) -> Iterator[Record]:
-    """Measure every cell that is not in ``path``, and add each to the file as soon as it is finished.
+    """Measure every cell that is not in ``path``; add those of a device and prompt length as soon as they are finished.
 
-    If the process is killed, the current cell and the perplexities of later cells are lost, but no finished cell.
+    If the process is killed, what was measured of the current prompt length is lost, but no finished cell.
 
     Args:
         settings: the grid.
@@ -122,14 +127,16 @@ def run(
             lengths = [len(wanted) for wanted in cells] * len(settings.source.device)
             steps = Steps(settings.effort, len(tasks_of(settings.effort)), lengths, progress, _LOADING)
         for wanted in cells:
-            for record in _measure(settings, bench, wanted, stored, steps):
-                if _key(record) not in stored:
-                    if new_name is not None:
-                        path.rename(new_name)
-                        progress.say(f"the earlier results are now in {new_name}")
-                        new_name = None
-                    store_record(path, record, progress)
-                yield record
+            records = _measure(settings, bench, wanted, stored, steps)
+            for record in records:
+                if _key(record) in stored:
+                    continue
+                if new_name is not None:
+                    path.rename(new_name)
+                    progress.say(f"the earlier results are now in {new_name}")
+                    new_name = None
+                store_record(path, record, progress)
+            yield from records
 
 
 class _Cell(NamedTuple):
@@ -156,7 +163,7 @@ def _cells(settings: SweepSettings, bench: Bench, prompt_tokens: int) -> list[_C
 
 def _measure(
     settings: SweepSettings, bench: Bench, wanted: Sequence[_Cell], stored: dict[_Key, Record], steps: Steps
-) -> Iterator[Record]:
+) -> list[Record]:
     """The records of one device and one prompt length, see ``run``."""
     effort, method_name, prompt_tokens = settings.effort, settings.candidates.method, wanted[0].prompt_tokens
     cells = {cell: _before_measuring(settings, bench, cell) for cell in wanted}
@@ -203,55 +210,70 @@ def _measure(
                 bench.model, methods, asked, prefill_chunk=chunk, ways=ways, policies=presses, after_text=steps.tick
             )
             retrieved = dict(zip(pending, found, strict=True))
-    full = None
-    if pending and effort.cost and can_count(bench.model):
+    figures = _figures(settings, bench, pending, prompt, steps) if pending else {}
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    records = []
+    for cell, known in cells.items():
+        if cell not in figures:
+            records.append(stored[_key_of(**known)])
+            continue
+        latency, memory, cost = figures[cell]
+        latency, cold_s = latency.model_copy(update={"ttft_cold_s": cold_s}), None
+        records.append(
+            Record(
+                created=created,
+                latency=latency,
+                memory=memory,
+                quality=qualities[cell],
+                retrieval=retrieved.get(cell),
+                cost=cost,
+                **known,
+            )
+        )
+    return records
+
+
+def _figures(
+    settings: SweepSettings, bench: Bench, pending: Sequence[_Cell], prompt: Tensor, steps: Steps
+) -> dict[_Cell, tuple[Latency, Memory, Cost | None]]:
+    """What the cells of one device and one prompt length take; they share what the full cache takes."""
+    effort, chunk = settings.effort, settings.effort.prefill_chunk
+    methods = [make_method(settings.candidates.method, cell.press) for cell in pending]
+    steps.begin("memory, all keep ratios")
+    memories = measure_memory(
+        bench.model,
+        methods,
+        prompt,
+        prefill_chunk=chunk,
+        ways=[cell.way for cell in pending],
+        decoded_tokens=effort.new_tokens,
+        policies=[cell.press for cell in pending],
+        after_run=steps.tick,
+    )
+    costs: list[Cost | None] = [None] * len(pending)
+    if effort.cost and can_count(bench.model):
         steps.begin("counted cost of the full cache")
         full = count_full_prefill(bench.model, prompt, prefill_chunk=chunk)
-    for cell, known in cells.items():
-        if cell not in qualities:
-            yield stored[_key_of(**known)]
-            continue
-        method = make_method(method_name, cell.press)
-        steps.begin(f"memory, {_name(cell)}")
-        memory = measure_memory(
-            bench.model,
-            method,
-            prompt,
-            prefill_chunk=chunk,
-            way=cell.way,
-            decoded_tokens=effort.new_tokens,
-            policy=cell.press,
-            after_run=steps.tick,
-        )
-        cost = None
-        if full is not None and cell.way.question is None:  # no operator loads a file
-            steps.begin(f"counted cost, {_name(cell)}")
-            cost = measure_cost(bench.model, method, prompt, full=full, prefill_chunk=cell.way.chunk)
-        steps.begin(f"timing, {_name(cell)}")
-        latency = measure_latency(
-            bench.model,
-            method,
-            prompt,
-            new_tokens=effort.new_tokens,
-            rounds=effort.rounds,
-            precision=effort.precision,
-            seconds=effort.seconds,
-            prefill_chunk=chunk,
-            way=cell.way,
-            cold_s=cold_s,
-            after_run=steps.tick_at_most(steps.runs),
-        )
-        latency = latency.model_copy(update={"weights_tpot_s": weights_tpot(bench.model, prompt)})
-        cold_s = None
-        yield Record(
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            latency=latency,
-            memory=memory,
-            quality=qualities[cell],
-            retrieval=retrieved.get(cell),
-            cost=cost,
-            **known,
-        )
+        for number, (cell, method) in enumerate(zip(pending, methods, strict=True)):
+            if cell.way.question is None:  # no operator loads a file
+                steps.begin(f"counted cost, {_name(cell)}")
+                costs[number] = measure_cost(bench.model, method, prompt, full=full, prefill_chunk=cell.way.chunk)
+    steps.begin("timing, all keep ratios in turn")
+    latencies = measure_latency(
+        bench.model,
+        methods,
+        prompt,
+        new_tokens=effort.new_tokens,
+        rounds=effort.rounds,
+        precision=effort.precision,
+        seconds=effort.seconds,
+        prefill_chunk=chunk,
+        ways=[cell.way for cell in pending],
+        after_run=steps.tick_at_most(steps.runs(len(pending))),
+    )
+    weights = {"weights_tpot_s": weights_tpot(bench.model, prompt)}
+    latencies = [latency.model_copy(update=weights) for latency in latencies]
+    return dict(zip(pending, zip(latencies, memories, costs, strict=True), strict=True))
 
 
 def _before_measuring(settings: SweepSettings, bench: Bench, cell: _Cell) -> dict[str, Any]:

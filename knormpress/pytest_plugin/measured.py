@@ -16,7 +16,7 @@ from knormpress.measure.memory import measure_memory
 from knormpress.measure.quality import measure_quality
 from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.knorm import KnormPress
-from knormpress.methods.method import Method, describe_method
+from knormpress.methods.method import Method, describe_method, policy_of
 from knormpress.methods.registry import make_method
 from knormpress.policy.policy import Policy
 from knormpress.records.figures import Cost, Latency, Memory, Quality
@@ -152,7 +152,7 @@ class Measured:
         # The full cache's counted prefills by tokens and chunk, which tests share.
         self._counted = {} if counted is None else counted
         self._text = bench.text_info
-        self._time_again: Callable[[], Latency] | None = None
+        self._time_again: Callable[[], list[Latency]] | None = None
 
     def latency(
         self,
@@ -175,7 +175,7 @@ class Measured:
         self._time_again = functools.partial(
             measure_latency,
             self.bench.model,
-            method,
+            [method],
             prompt,
             new_tokens=new_tokens,
             rounds=rounds,
@@ -183,7 +183,9 @@ class Measured:
             seconds=seconds,
             prefill_chunk=prefill_chunk,
         )
-        latency = self._time_again(repeat=lambda before, run: benchmark.pedantic(run, setup=before, rounds=sys.maxsize))
+        (latency,) = self._time_again(
+            repeat=lambda before, run: benchmark.pedantic(run, setup=before, rounds=sys.maxsize)
+        )
         benchmark.extra_info["stopped"] = latency.stopped
         if latency.speed_moved is not None:
             benchmark.extra_info["machine_speed_moved_percent"] = round(latency.speed_moved, 1)
@@ -203,13 +205,13 @@ class Measured:
         """Measure the bytes of the full cache and of the method's cache, in separate passes."""
         self._check_first("memory")
         (prompt,) = self.bench.documents(length=prompt_tokens, count=1)
-        memory = measure_memory(
+        (memory,) = measure_memory(
             self.bench.model,
-            method,
+            [method],
             prompt,
             prefill_chunk=prefill_chunk,
             decoded_tokens=new_tokens,
-            policy=policy,
+            policies=[policy or policy_of(method)],
         )
         conditions = {"cached_tokens": prompt_tokens, "prefill_chunk": prefill_chunk}
         if new_tokens:
@@ -254,7 +256,7 @@ class Measured:
         """The entry of a passed test with its timing measured once more, by the harness's own clock."""
         assert self._time_again is not None
         result = self._results["latency"]
-        self._results["latency"] = result.model_copy(update={"latency": self._time_again()})
+        self._results["latency"] = result.model_copy(update={"latency": self._time_again()[0]})
         entry = self.entry(passed=True)
         assert entry is not None
         return entry

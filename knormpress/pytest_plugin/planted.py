@@ -97,8 +97,8 @@ def _plant(loss: Loss, patch: pytest.MonkeyPatch) -> None:
         return ask
 
     for name, wrap in {
-        "measure_latency": one,
-        "measure_memory": one,
+        "measure_latency": many,
+        "measure_memory": many,
         "measure_cost": one,
         "measure_quality": many,
         "measure_retrieval": lowered,

@@ -110,7 +110,7 @@ def in_turn(benchmark: Any) -> Callable[..., Change]:
 
             benchmark.pedantic(run, setup=outside_the_clock, rounds=rounds)
 
-        found = pairs.in_turn(collected, lambda: timed(candidate), rounds=rounds, repeat=repeat)
+        (found,) = pairs.in_turn(collected, lambda: timed(candidate), rounds=rounds, repeat=repeat)
         return ratio_change(found.baseline, found.candidate)
 
     return measure

@@ -99,7 +99,7 @@ def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_qu
         # Outside of the context: kvpress prunes in the first pass only, and its hooks cost time.
         with torch.inference_mode():
             runs = [clocked(decoding(model, each)) for each in (copy_of(model, full), cache)]
-            pairs = in_turn(*runs, rounds=6 if quick else 24)
+            (pairs,) = in_turn(*runs, rounds=6 if quick else 24)
         change = ratio_change(pairs.baseline, pairs.candidate)
         ppl, share = scored.quality.ppl, asked.retrieval.share
         rows.append(

@@ -49,7 +49,7 @@ def test_decoding_slower_by_a_tenth_is_seen(knorm_bench, quick):
     before, now = [], []
     for _ in range(MOST_TURNS):
         for side, method in ((before, sound), (now, slower), (now, slower), (before, sound)):
-            found = measure_latency(knorm_bench.model, method, prompt, new_tokens=16, rounds=3)
+            (found,) = measure_latency(knorm_bench.model, [method], prompt, new_tokens=16, rounds=3)
             side.append(make_entry(parts=()).model_copy(update={"latency": found}))
         (tpot,) = (f for f in judge(before, now, THRESHOLDS, "sound").findings if f.metric == "tpot")
         if tpot.word == "regressed":

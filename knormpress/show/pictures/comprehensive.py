@@ -28,6 +28,7 @@ from knormpress.show.pictures.style import (
     room_for_labels,
     scale_for,
     three_digits,
+    uniform_and_plans,
 )
 from knormpress.stats.intervals import Change
 
@@ -53,7 +54,7 @@ def draw_comprehensive(records: Sequence[Record], left_out: str) -> Figure:
         + (" (hollow: too few runs or documents for one)" if without else "")
         + "; shaded: target for PPL, \N{PLUS-MINUS SIGN}5 %.",
     )
-    grid = figure.add_gridspec(2, 3, left=0.055, right=0.985, top=0.865, bottom=0.125, wspace=0.2, hspace=0.42)
+    grid = figure.add_gridspec(2, 3, left=0.055, right=0.985, top=0.865, bottom=0.145, wspace=0.2, hspace=0.46)
     _changes(figure.add_subplot(grid[0, 0]), records, [latency.ttft for latency in latencies], "TTFT change (%)")
     _changes(figure.add_subplot(grid[0, 1]), records, [latency.tpot for latency in latencies], "TPOT change (%)")
     rates, axes = [latency.throughput for latency in latencies], figure.add_subplot(grid[0, 2])
@@ -107,14 +108,16 @@ def _changes(
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.axhline(0.0, color=GREY, linewidth=0.8)
-    axes.plot([change.percent for change in changes], color=colour, linewidth=1.0, alpha=0.5)
+    uniform, plans = uniform_and_plans(records)
+    axes.plot(uniform, [changes[place].percent for place in uniform], color=colour, linewidth=1.0, alpha=0.5)
     for place, change in enumerate(changes):
         low, high = change.ends
+        marker = "D" if place in plans else "o"
         if change.low is None:
-            axes.plot(place, change.percent, "o", markersize=5, color=colour, markerfacecolor="white")
+            axes.plot(place, change.percent, marker, markersize=5, color=colour, markerfacecolor="white")
         else:
             whiskers = [[change.percent - low], [high - change.percent]]
-            axes.errorbar(place, change.percent, yerr=whiskers, fmt="o", markersize=5, color=colour, linewidth=1.4)
+            axes.errorbar(place, change.percent, yerr=whiskers, fmt=marker, markersize=5, color=colour, linewidth=1.4)
         if place in labelled:
             _value(axes, place, high, pretty(str(change).removesuffix(" %")))
     room_for_labels(axes, [0.0, *(end for change in changes for end in change.ends)])
@@ -205,11 +208,18 @@ def _found(axes: Axes, records: Sequence[Record]) -> None:
         [100 * (share.value - share.low) for share in shares],
         [100 * (share.high - share.value) for share in shares],
     ]
-    axes.errorbar(range(len(values)), values, yerr=whiskers, fmt="o-", color=ORANGE, markersize=4, linewidth=1.0)
+    axes.errorbar(range(len(values)), values, yerr=whiskers, fmt="none", ecolor=ORANGE, elinewidth=1.0)
+    _joined(axes, records, values)
     for place in labelled:
         _value(axes, place, 100 * shares[place].high, str(shares[place]))
     room_for_labels(axes, [0.0, 100.0], below=0.05, above=0.25)
     axes.set_yticks([0, 50, 100])
+
+
+def _joined(axes: Axes, records: Sequence[Record], values: Sequence[float]) -> None:
+    """A line over the keep ratios, and a point apart for a plan."""
+    for places, style in zip(uniform_and_plans(records), ("o-", "D"), strict=True):
+        axes.plot(places, [values[place] for place in places], style, color=ORANGE, markersize=4, linewidth=1.0)
 
 
 def _divergence(axes: Axes, records: Sequence[Record]) -> None:
@@ -227,7 +237,7 @@ def _points(
     decimals: int,
 ) -> None:
     labelled = keep_ratio_axis(axes, records)
-    axes.plot(values, "o-", color=ORANGE, markersize=4, linewidth=1.0)
+    _joined(axes, records, values)
     for place in labelled:
         _value(axes, place, values[place], f"{values[place]:.{decimals}f}")
     room_for_labels(axes, [best, *values], below=0.12, above=0.35)

@@ -36,6 +36,7 @@ from knormpress.show.pictures.style import (
     ratio_colours,
     room_for_labels,
     three_digits,
+    uniform_and_plans,
 )
 from knormpress.stats.ranks import rank_correlation
 
@@ -90,7 +91,7 @@ def draw_cost(records: Sequence[Record], timed: Sequence[Record], left_out: str)
         left=0.065,
         right=0.985,
         top=0.845,
-        bottom=0.15,
+        bottom=0.165,
         wspace=0.2,
         hspace=0.16,
         height_ratios=_TOP,
@@ -160,8 +161,7 @@ def _draw_phases(figure: Figure, grid: GridSpec, records: Sequence[Record]) -> l
         for name, colour, marker, size in _LINES
     ]
     if any(record.policy.layer_keep_ratios for record in records):
-        hollow = Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="none", label="a plan")
-        handles.append(hollow)
+        handles.append(Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="none", label="a plan"))
     return handles
 
 
@@ -189,16 +189,14 @@ def _host_reads(axes: Axes, records: Sequence[Record], phase: Phase) -> None:
 
 def _ratios(axes: Axes, records: Sequence[Record], phase: Phase) -> None:
     """The figures other than host reads: a line over the keep ratios, and a hollow point for a plan."""
-    labelled = keep_ratio_axis(axes, records)
-    axes.set_xticks(labelled, [records[place].row.replace(" ", "\n") for place in labelled])
+    keep_ratio_axis(axes, records)
     axes.set_ylabel("ratio to the full cache")
     axes.axhline(1.0, color=GREY, linewidth=0.8)
-    plans = [bool(record.policy.layer_keep_ratios) for record in records]
+    uniform, plans = uniform_and_plans(records)
     reach = [0.98, 1.02]
     for name, colour, marker, size in _LINES:
         values = [counted_ratio(record, phase, name) for record in records]
-        for is_plan, line, face in ((False, "-", colour), (True, "", "none")):
-            places = [place for place, plan in enumerate(plans) if plan == is_plan]
+        for places, line, face in ((uniform, "-", colour), (plans, "", "none")):
             axes.plot(
                 places,
                 [values[place] for place in places],

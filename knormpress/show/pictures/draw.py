@@ -28,7 +28,7 @@ from knormpress.show.pictures.summary import draw_summary
 from knormpress.show.pictures.table import draw_table
 from knormpress.show.pictures.tradeoff import draw_tradeoff
 
-__all__ = ["draw_all", "draw_plan", "select", "select_counted", "select_lengths"]
+__all__ = ["draw_all", "draw_plan", "select", "select_counted", "select_lengths", "select_with_plans"]
 
 _NEVER_MIXED = ("model", "dtype", "text", "device", "threads")
 # The number of scored tokens may depend on the length; records that differ in it still have comparable times.
@@ -48,7 +48,7 @@ def draw_all(records: Iterable[Record], folder: Path) -> list[Path]:
         KnormError: there are no records, or records that can't share a picture; nothing is written.
     """
     records = list(records)
-    shown, left_out = select(records)
+    shown, left_out = select_with_plans(records)
     make_folder(folder)
     with matplotlib_style.context(["default", STYLE]):
         pictures = {
@@ -107,6 +107,23 @@ def select(records: Iterable[Record]) -> tuple[list[Record], str]:
     return group_records(records)[0], _note(notes, shorter)
 
 
+def select_with_plans(records: Iterable[Record]) -> tuple[list[Record], str]:
+    """The records of ``select``, and after them the plans that were measured beside them; a note as ``select``.
+
+    Raises:
+        KnormError: as ``select``.
+    """
+    records = newest(records)
+    shown, left_out = select(records)
+    beside = next(group for group in group_records(records) if any(record is shown[0] for record in group))
+    plans = [record for record in beside if record.policy.layer_keep_ratios and not record.way]
+    plans = [plan for plan in plans if all(plan is not record for record in shown)]
+    if not plans:
+        return shown, left_out
+    rest = [record for record in records if all(record is not plan for plan in plans)]
+    return [*shown, *plans], select(rest)[1]
+
+
 def select_lengths(records: Iterable[Record]) -> tuple[list[Record], str]:
     """The records of all prompt lengths that ``draw_scaling`` shows, and a note about records that are left out.
 
@@ -161,8 +178,8 @@ def _of_one_method(records: Iterable[Record]) -> tuple[list[Record], list[str]]:
     notes = []
     for name, best in (
         ("method", lambda value: (value == "knorm", value != "full")),
-        ("kind of ratio", lambda value: value == "one for all layers"),
         ("way of the prompt", lambda value: value == "whole"),
+        ("kind of ratio", lambda value: value == "one for all layers"),
     ):
         values = differences(records).get(name, [])
         if values:

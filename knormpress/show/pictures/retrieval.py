@@ -12,7 +12,14 @@ from matplotlib.figure import Figure
 
 from knormpress.records.retrieval import Item
 from knormpress.records.schema import Record
-from knormpress.show.pictures.style import add_footer, add_heading, labelled_places, new_figure
+from knormpress.show.pictures.style import (
+    add_footer,
+    add_heading,
+    labelled_places,
+    new_figure,
+    short_name,
+    uniform_and_plans,
+)
 
 __all__ = ["draw_retrieval"]
 
@@ -30,7 +37,9 @@ def draw_retrieval(records: Sequence[Record], left_out: str) -> Figure:
         left_out: a note about records that are not shown.
     """
     asked = [(record, record.retrieval) for record in records if record.retrieval]
-    shown = [asked[place] for place in labelled_places([record for record, _ in asked], _MOST_COLUMNS)]
+    uniform, plans = uniform_and_plans([record for record, _ in asked])
+    named = labelled_places([asked[place][0] for place in uniform], max(1, _MOST_COLUMNS - len(plans)))
+    shown = [asked[place] for place in (*(uniform[place] for place in named), *plans)]
     items = asked[0][1].items
     solved = asked[0][1].share.known
     figure = new_figure()
@@ -57,9 +66,8 @@ def draw_retrieval(records: Sequence[Record], left_out: str) -> Figure:
         ]
         _heat(top, cells)
         share = retrieval.share
-        top.set_title(
-            f"keep {record.label}: {share} ({share.ends})" if len(shown) <= 3 else f"keep {record.label}: {share}"
-        )
+        name = f"{short_name(record)}: {share}"
+        top.set_title(f"{name} ({share.ends})" if len(shown) <= 3 else name)
         top.set_xticks(range(len(lengths)), [_span(length) for length in lengths])
         top.set_xlabel("text (tokens)")
         _heat(bottom, [[list(retrieval.of(task).items)] for task in tasks])

@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patheffects import withStroke
@@ -43,8 +44,10 @@ __all__ = [
     "ratio_colours",
     "room_for_labels",
     "scale_for",
+    "short_name",
     "shortened",
     "three_digits",
+    "uniform_and_plans",
 ]
 
 WIDTH, HEIGHT, DPI = 1600, 1000, 150
@@ -109,10 +112,23 @@ def plain(text: str) -> str:
     return "".join(character if font.get_char_index(ord(character)) else "?" for character in text)
 
 
+def uniform_and_plans(records: Sequence[Record]) -> tuple[list[int], list[int]]:
+    """The places of the records with one ratio for all layers, which a line can join, and of the plans."""
+    plans = [place for place, record in enumerate(records) if record.policy.layer_keep_ratios]
+    return [place for place in range(len(records)) if place not in plans], plans
+
+
 def ratio_colours(records: Sequence[Record]) -> list[tuple[float, float, float, float]]:
-    """One colour per record, from light to dark as less is kept, in even steps of lightness."""
-    places = np.linspace(0.0, 1.0, len(records)) if len(records) > 1 else (0.5,)
-    return [colormaps["viridis_r"](0.08 + 0.84 * place) for place in places]
+    """One colour per record, from light to dark as less is kept, in even steps of lightness; orange for a plan."""
+    uniform, _ = uniform_and_plans(records)
+    steps = np.linspace(0.0, 1.0, len(uniform)) if len(uniform) > 1 else [0.5] * len(uniform)
+    colours = {place: colormaps["viridis_r"](0.08 + 0.84 * step) for place, step in zip(uniform, steps, strict=True)}
+    return [colours.get(place, to_rgba(ORANGE)) for place in range(len(records))]
+
+
+def short_name(record: Record) -> str:
+    """``keep 0.9`` or ``plan 0.42``."""
+    return record.row if record.policy.layer_keep_ratios else f"keep {record.label}"
 
 
 def labelled_places(records: Sequence[Record], most: int) -> list[int]:
@@ -123,7 +139,7 @@ def labelled_places(records: Sequence[Record], most: int) -> list[int]:
 def keep_ratio_axis(axes: Axes, records: Sequence[Record]) -> list[int]:
     """Set up an axis with evenly spaced keep ratios; returns the indices that have room for a label."""
     labelled = labelled_places(records, _MOST_LABELS)
-    axes.set_xticks(labelled, [records[place].label for place in labelled])
+    axes.set_xticks(labelled, [records[place].row.replace(" ", "\n") for place in labelled])
     margin = 0.5 + 0.04 * len(records)
     axes.set_xlim(-margin, len(records) - 1 + margin)
     axes.set_xlabel("keep ratio")

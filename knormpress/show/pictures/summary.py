@@ -21,6 +21,7 @@ from knormpress.show.pictures.style import (
     pretty,
     ratio_colours,
     room_for_labels,
+    short_name,
 )
 from knormpress.stats.intervals import Change
 
@@ -70,7 +71,7 @@ def draw_summary(records: Sequence[Record], left_out: str) -> Figure:
     axes.set_ylabel("change (%)")
     room = 0.07 if upright else 0.1
     room_for_labels(axes, [0.0, *(min(end, _CUT) for end in reach)], below=room, above=room)
-    add_legend(figure, [Patch(color=colours[index], label=f"keep {records[index].label}") for index in named])
+    add_legend(figure, [Patch(color=colours[index], label=short_name(records[index])) for index in named])
     add_footer(figure, records, left_out)
     return figure
 

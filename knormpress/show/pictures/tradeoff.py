@@ -28,6 +28,7 @@ from knormpress.show.pictures.style import (
     ratio_colours,
     room_for_labels,
     scale_for,
+    uniform_and_plans,
 )
 
 __all__ = ["draw_tradeoff", "draw_tradeoff_panel"]
@@ -45,10 +46,17 @@ def draw_tradeoff(records: Sequence[Record], left_out: str) -> Figure:
     add_heading(
         figure,
         "What speed costs in quality",
-        "Each point is one keep ratio against the full cache, measured in the same run; whiskers are 95 % intervals."
+        "A point for each keep ratio or plan, against the full cache of the same run; whiskers are 95 % intervals."
         + (" The PPL axis is logarithmic beyond 10 %." if logarithmic else ""),
     )
-    points = Line2D([], [], marker="o", linestyle="", color=GREY, label="keep ratio, written beside each point")
+    points = Line2D(
+        [],
+        [],
+        marker="o",
+        linestyle="",
+        color=GREY,
+        label="keep ratio, or plan, written beside each point",
+    )
     add_legend(figure, [points, Patch(color=BAND, label="target: PPL within \N{PLUS-MINUS SIGN}5 %")])
     add_footer(figure, records, left_out)
     _label_points(axes, records)
@@ -73,8 +81,11 @@ def _draw_points(axes: Axes, records: Sequence[Record]) -> bool:
     add_band(axes)
     axes.axhline(0.0, color=GREY, linewidth=0.8)
     axes.axvline(0.0, color=GREY, linewidth=0.8)
-    axes.plot(*zip(*map(_place, records), strict=True), color=GREY, linewidth=1, zorder=1)
-    for (tpot, ppl), colour in zip(changes, ratio_colours(records), strict=True):
+    uniform, plans = uniform_and_plans(records)
+    if uniform:
+        joined = [_place(records[place]) for place in uniform]
+        axes.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, zorder=1)
+    for place, ((tpot, ppl), colour) in enumerate(zip(changes, ratio_colours(records), strict=True)):
         (left, right), (low, high) = tpot.ends, ppl.ends
         across, up = tpot.percent, ppl.percent
         axes.errorbar(
@@ -82,7 +93,7 @@ def _draw_points(axes: Axes, records: Sequence[Record]) -> bool:
             up,
             xerr=[[across - left], [right - across]],
             yerr=[[up - low], [high - up]],
-            fmt="o",
+            fmt="D" if place in plans else "o",
             markersize=_MARKER,
             color=colour,
             ecolor="black",
@@ -106,11 +117,13 @@ def _place(record: Record) -> tuple[float, float]:
 
 def _label_points(axes: Axes, records: Sequence[Record]) -> None:
     """Label every point, at the nearest place free of points, whiskers, lines and other labels."""
-    taken = [box for record in records for box in _point_boxes(axes, record)] + _line_boxes(axes, records)
+    taken = [box for record in records for box in _point_boxes(axes, record)] + _line_boxes(
+        axes, [records[place] for place in uniform_and_plans(records)[0]]
+    )
     frame = np.array(axes.get_window_extent().extents)
     for record in records:
         label = axes.annotate(
-            record.label,
+            record.row,
             _place(record),
             xytext=(0, 0),
             textcoords="offset points",
@@ -150,7 +163,7 @@ def _point_boxes(axes: Axes, record: Record) -> list[_Extents]:
 
 
 def _line_boxes(axes: Axes, records: Sequence[Record]) -> list[_Extents]:
-    places = axes.transData.transform(list(map(_place, records)))
+    places = axes.transData.transform(list(map(_place, records))) if records else ()
     boxes: list[_Extents] = []
     for start, end in itertools.pairwise(places):
         steps = 1 + int(max(abs(end - start)) / 6)

@@ -70,7 +70,7 @@ def _few_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_turn(model: PreTrainedModel, prompt: Tensor, rounds: int = 1, **how: Any) -> None:
-    latency.measure_latency(model, PRESS, prompt, new_tokens=2, rounds=rounds, **how)
+    latency.measure_latency(model, [PRESS], prompt, new_tokens=2, rounds=rounds, **how)
 
 
 def cold(model: PreTrainedModel, prompt: Tensor) -> None:

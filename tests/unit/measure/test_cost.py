@@ -305,13 +305,13 @@ def test_a_fault_that_costs_something_is_named(
 
 
 def test_a_cache_that_never_prunes_while_decoding_has_grown(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = measure_memory(tiny_model(), PRESS, tokens(40), decoded_tokens=60)
+    (sound,) = measure_memory(tiny_model(), [PRESS], tokens(40), decoded_tokens=60)
     monkeypatch.setattr(layer, "budget", not_while_decoding)
     with pytest.raises(KnormError, match="holds 80 tokens of 100, and its policy at most 57"):
-        measure_memory(tiny_model(), PRESS, tokens(40), decoded_tokens=60)
+        measure_memory(tiny_model(), [PRESS], tokens(40), decoded_tokens=60)
     # A policy without such a bound, and a cache of one's own, are compared with their past.
     monkeypatch.setattr("knormpress.measure.memory._check_grown", lambda *_: None)
-    grown = measure_memory(tiny_model(), PRESS, tokens(40), decoded_tokens=60)
+    (grown,) = measure_memory(tiny_model(), [PRESS], tokens(40), decoded_tokens=60)
     first, second = (make_entry(parts=("memory",)).model_copy(update={"memory": each}) for each in (sound, grown))
     found = {finding.metric: finding.word for finding in judge([first], [second], THRESHOLDS, "").findings}
     assert found == {"bytes": "ok", "decoded_bytes": "regressed"}

@@ -138,7 +138,7 @@ def test_the_memory_of_a_prefill_into_the_full_cache_and_into_the_methods(chunk:
         fed.append(kwargs["input_ids"].shape[1])
 
     with tiny_model().register_forward_pre_hook(look, with_kwargs=True):
-        found = measure_memory(tiny_model(), press, prompt(), prefill_chunk=chunk, after_run=after_run)
+        (found,) = measure_memory(tiny_model(), [press], prompt(), prefill_chunk=chunk, after_run=after_run)
     assert passes == [[40] if chunk is None else [16, 16, 8]] * 2
     assert found.baseline_cache_bytes == TOKENS * BYTES_PER_TOKEN
     assert found.candidate_cache_bytes == 20 * (BYTES_PER_TOKEN + 3 * 2 * 4)

@@ -46,9 +46,41 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_neighbours_are_paired_in_the_order_a_b_b_a(
     counted: Counted, rounds: int, order: str, baseline: list[int], candidate: list[int]
 ) -> None:
-    found = in_turn(counted.baseline, counted.candidate, rounds=rounds)
+    (found,) = in_turn(counted.baseline, counted.candidate, rounds=rounds)
     assert counted.order == order
     assert (found.baseline, found.candidate, found.stopped) == (baseline, candidate, "rounds")
+
+
+@pytest.mark.parametrize(("rounds", "order"), [(1, "ABCD"), (2, "ABCDDCBA"), (3, "ABCDDCBAABCD")])
+def test_several_candidates_share_the_calls_of_the_baseline(rounds: int, order: str) -> None:
+    """Each of them stands as far from the one as from the other of two calls: a steady drift cancels."""
+    called: list[str] = []
+
+    def calling(name: str) -> Callable[[], str]:
+        return lambda: called.append(name) or f"{name}{len(called) - 1}"
+
+    found = in_turn(*map(calling, "ABCD"), rounds=rounds)
+    assert "".join(called) == order
+    places = {name: [f"{name}{place}" for place, each in enumerate(order) if each == name] for name in "ABCD"}
+    assert [pairs.candidate for pairs in found] == [places["B"], places["C"], places["D"]]
+    assert all(pairs.baseline == places["A"] for pairs in found)
+
+
+def test_a_candidate_is_not_called_again_when_it_is_precise() -> None:
+    called: list[str] = []
+
+    def calling(name: str) -> Callable[[], str]:
+        return lambda: called.append(name) or name
+
+    def is_precise(pairs: Pairs[str]) -> bool:
+        return pairs.candidate[0] == "B" or len(pairs.candidate) >= 6
+
+    found = in_turn(*map(calling, "ABC"), rounds=2, is_precise=is_precise)
+    assert "".join(called) == "ABCCBA" + "ACCA" * 2
+    assert [(len(pairs.baseline), len(pairs.candidate), pairs.stopped) for pairs in found] == [
+        (2, 2, "precise"),
+        (6, 6, "precise"),
+    ]
 
 
 def test_no_pair_is_refused(counted: Counted) -> None:
@@ -67,7 +99,7 @@ def test_pairs_are_added_until_they_are_precise(counted: Counted, enough: int, m
         asked.append(len(found.baseline))
         return len(found.baseline) >= enough
 
-    found = in_turn(counted.baseline, counted.candidate, rounds=3, is_precise=is_precise)
+    (found,) = in_turn(counted.baseline, counted.candidate, rounds=3, is_precise=is_precise)
     assert (found.stopped, len(found.candidate)) == ("precise", measured)
     assert asked == list(range(4, measured + 1, 2))
 
@@ -75,12 +107,12 @@ def test_pairs_are_added_until_they_are_precise(counted: Counted, enough: int, m
 @pytest.mark.parametrize(("seconds", "measured"), [(0.0, 2), (1.0, 2), (1.5, 4), (4.0, 8)])
 def test_no_pair_is_begun_when_the_time_is_up(counted: Counted, clock: None, seconds: float, measured: int) -> None:
     """But the pairs wanted at least are, whatever they take. The clock is read at the start, then once an A B B A."""
-    found = in_turn(counted.baseline, counted.candidate, rounds=2, is_precise=lambda _: False, seconds=seconds)
+    (found,) = in_turn(counted.baseline, counted.candidate, rounds=2, is_precise=lambda _: False, seconds=seconds)
     assert (found.stopped, len(found.baseline), len(found.candidate)) == ("time", measured, measured)
 
 
 def test_the_last_pair_may_be_precise_when_the_time_is_up(counted: Counted, clock: None) -> None:
-    found = in_turn(counted.baseline, counted.candidate, rounds=2, is_precise=lambda _: True, seconds=0.0)
+    (found,) = in_turn(counted.baseline, counted.candidate, rounds=2, is_precise=lambda _: True, seconds=0.0)
     assert (found.stopped, len(found.candidate)) == ("precise", 2)
 
 
@@ -97,7 +129,7 @@ def test_whoever_repeats_the_candidate_runs_it_and_nothing_else(counted: Counted
             except Exception:
                 pytest.fail("the end was taken for an error")
 
-    found = in_turn(counted.baseline, counted.candidate, rounds=3, repeat=repeat)
+    (found,) = in_turn(counted.baseline, counted.candidate, rounds=3, repeat=repeat)
     assert counted.order == "A(B)(B)AA(B)"
     assert len(found.baseline) == len(found.candidate) == 3
 
@@ -111,7 +143,7 @@ def test_pairs_are_whole_where_it_is_not_repeated_to_the_end(counted: Counted, t
             before()
             run()
 
-    found = in_turn(counted.baseline, counted.candidate, rounds=9, repeat=repeat)
+    (found,) = in_turn(counted.baseline, counted.candidate, rounds=9, repeat=repeat)
     assert counted.order == order
     assert len(found.baseline) == len(found.candidate) == times
 

@@ -115,15 +115,15 @@ class MadeUp:
         self.record, self.cells, self.texts = record, 0, []
         patch.setattr(sweep, "cold_ttft", lambda *_, **__: None)
         patch.setattr(sweep, "weights_tpot", lambda *_: 0.001)
-        patch.setattr(sweep, "measure_memory", lambda *_, **__: record.memory)
+        patch.setattr(sweep, "measure_memory", lambda _, methods, *__, **___: [record.memory] * len(methods))
         patch.setattr(sweep, "count_full_prefill", lambda *_, **__: ())
         patch.setattr(sweep, "measure_cost", lambda *_, **__: record.cost)
         patch.setattr(sweep, "measure_latency", self.latency)
         patch.setattr(sweep, "measure_quality", self.quality)
 
-    def latency(self, *_: Any, **__: Any) -> Any:
-        self.cells += 1
-        return self.record.latency
+    def latency(self, _model: Any, methods: Sequence[Any], *_: Any, **__: Any) -> Any:
+        self.cells += len(methods)
+        return [self.record.latency] * len(methods)
 
     def quality(self, _model: Any, methods: Sequence[Any], texts: Sequence[torch.Tensor], **_: Any) -> list[Quality]:
         self.texts.append([text.shape[-1] for text in texts])
@@ -164,6 +164,12 @@ def test_only_the_first_cell_holds_the_first_call_of_the_process(measured: Measu
     assert others == [None, None]
 
 
+def test_all_cells_of_a_length_are_compared_with_the_same_runs(measured: Measured) -> None:
+    first, *others = (record.latency.baseline for record in measured.records)
+    assert others == [first, first]
+    assert len({record.latency.candidate for record in measured.records}) == 3
+
+
 def test_quality_is_that_of_the_documents_one_by_one(settings: SweepSettings, measured: Measured) -> None:
     bench, low = opened(settings), KnormPress(keep_ratio=0.3, prune_after=16)
     texts = bench.documents(length=48 + 16 + 1, count=2)
@@ -179,9 +185,9 @@ def test_steps_go_up_one_by_one_to_the_total(measured: Measured) -> None:
     told = measured.told
     assert told.steps.pop(0)[2] == "loading the model"  # which decides whether a plan is measured too
     done = [step[0] for step in told.steps]
-    # 2 documents, and for each of 3 cells 2 passes for memory and 2 runs in each of 2 rounds and a warm-up
-    assert {total for _, total, _ in told.steps} == {2 + 3 * (2 + 6)}
-    assert done[-1] == 26
+    # 2 documents; for each of 3 cells and the full cache a pass for memory, and a run in 2 rounds and a warm-up
+    assert {total for _, total, _ in told.steps} == {2 + 4 * (1 + 3)}
+    assert done[-1] == 18
     assert all(after - before in (0, 1) for before, after in itertools.pairwise(done))
     assert "text.txt" in told.lines[0]
 
@@ -293,21 +299,23 @@ def test_the_same_weights_and_text_under_other_names_are_the_same_cell(
     assert made_up.cells == 0
 
 
-def test_a_stop_loses_no_finished_cell(settings: SweepSettings, tmp_path: Path, made_up: MadeUp) -> None:
-    path = tmp_path / "results.jsonl"
-    stopped = run(settings, path)
+def test_a_stop_loses_no_finished_length(settings: SweepSettings, tmp_path: Path, made_up: MadeUp) -> None:
+    path, two = tmp_path / "results.jsonl", changed(settings, prompt_tokens=(48, 24))
+    stopped = run(two, path)
     first = next(stopped)
     stopped.close()
     before = path.read_bytes()
-    assert list(read_records(path)) == [first]
-    assert next(run(settings, path)) == first
-    list(run(settings, path))
-    assert path.read_bytes().startswith(before)
     assert ratios(read_records(path)) == [1.0, 0.8, 0.3]
+    assert next(run(two, path)) == first
+    assert made_up.cells == 3
+    list(run(two, path))
+    assert path.read_bytes().startswith(before)
+    assert ratios(read_records(path)) == [1.0, 0.8, 0.3] * 2
+    assert made_up.cells == 6
 
 
 def test_fresh_measures_anew_and_keeps_the_old_file(settings: SweepSettings, tmp_path: Path, made_up: MadeUp) -> None:
-    path, two = tmp_path / "results.jsonl", changed(settings, keep_ratios=(0.8, 0.3))
+    path, two = tmp_path / "results.jsonl", changed(settings, keep_ratios=(0.3,), prompt_tokens=(48, 24))
     for expected in ({"results.jsonl"}, {"results.1.jsonl", "results.jsonl"}):
         list(run(two, path, fresh=True))
         assert {file.name for file in tmp_path.glob("*.jsonl")} == expected

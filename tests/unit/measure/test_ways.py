@@ -97,15 +97,15 @@ def test_only_the_candidate_is_timed_that_way(
     monkeypatch.setattr(latency, "calibrate", lambda device: 0.01)
     full, own = [60, 1], [*of_prompt, 1]
     with passes() as seen:
-        measure_latency(tiny_model(), PRESS, tokens(60), new_tokens=2, rounds=2, way=way)
+        measure_latency(tiny_model(), [PRESS], tokens(60), new_tokens=2, rounds=2, ways=[way])
     assert seen == [*before, *full, *own, *full, *own, *own, *full]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_bytes_are_those_of_the_cache_that_took_the_prompt_that_way(way: Way) -> None:
     ids = tokens(60)
-    found = measure_memory(tiny_model(), PRESS, ids, way=way, decoded_tokens=3)
-    whole = measure_memory(tiny_model(), PRESS, ids)
+    (found,) = measure_memory(tiny_model(), [PRESS], ids, ways=[way], decoded_tokens=3)
+    (whole,) = measure_memory(tiny_model(), [PRESS], ids)
     assert found.baseline_cache_bytes == whole.baseline_cache_bytes
     # The budgets are the same whatever the way; the spare room of a layer may not be.
     assert found.candidate_cache_bytes == pytest.approx(whole.candidate_cache_bytes, rel=0.05)

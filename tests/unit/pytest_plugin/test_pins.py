@@ -25,10 +25,10 @@ TEST = "test_it.py::test_bytes[cpu-0.5]"
 def grown(percent: float) -> Iterator[None]:
     """A method's cache takes so much more."""
 
-    def measure(*arguments: Any, **conditions: Any) -> Memory:
-        memory = measure_memory(*arguments, **conditions)
+    def measure(*arguments: Any, **conditions: Any) -> list[Memory]:
+        (memory,) = measure_memory(*arguments, **conditions)
         size = round(memory.candidate_cache_bytes * (1 + percent / 100))
-        return memory.model_copy(update={"candidate_cache_bytes": size})
+        return [memory.model_copy(update={"candidate_cache_bytes": size})]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "measure_memory", measure)

@@ -42,9 +42,9 @@ def compare(run: Run) -> Run:
 def wasteful() -> Iterator[None]:
     """A method's cache takes 10 % more."""
 
-    def measure(*arguments: Any, **conditions: Any) -> Memory:
-        memory = measure_memory(*arguments, **conditions)
-        return memory.model_copy(update={"candidate_cache_bytes": memory.candidate_cache_bytes * 110 // 100})
+    def measure(*arguments: Any, **conditions: Any) -> list[Memory]:
+        (memory,) = measure_memory(*arguments, **conditions)
+        return [memory.model_copy(update={"candidate_cache_bytes": memory.candidate_cache_bytes * 110 // 100})]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "measure_memory", measure)
@@ -64,8 +64,8 @@ def disturbed(measurements: int) -> Iterator[list[Latency]]:
     """The method takes 1,000 times as long in the first so many measurements; yields all of them."""
     done: list[Latency] = []
 
-    def measure(*arguments: Any, **conditions: Any) -> Latency:
-        latency = measure_latency(*arguments, **conditions)
+    def measure(*arguments: Any, **conditions: Any) -> list[Latency]:
+        (latency,) = measure_latency(*arguments, **conditions)
         if len(done) < measurements:
             slow = [
                 run.model_copy(update={"ttft_s": 1e3 * run.ttft_s, "gaps_s": tuple(1e3 * gap for gap in run.gaps_s)})
@@ -73,7 +73,7 @@ def disturbed(measurements: int) -> Iterator[list[Latency]]:
             ]
             latency = latency.model_copy(update={"candidate": tuple(slow)})
         done.append(latency)
-        return latency
+        return [latency]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measured, "measure_latency", measure)

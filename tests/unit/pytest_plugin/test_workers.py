@@ -18,8 +18,8 @@ GROWS = False
 def test_bytes(knorm_memory, knorm_press, number, monkeypatch):
     if GROWS and number == 2:
         def measure(*arguments, sound=measured.measure_memory, **conditions):
-            memory = sound(*arguments, **conditions)
-            return memory.model_copy(update={"candidate_cache_bytes": 2 * memory.candidate_cache_bytes})
+            (memory,) = sound(*arguments, **conditions)
+            return [memory.model_copy(update={"candidate_cache_bytes": 2 * memory.candidate_cache_bytes})]
         monkeypatch.setattr(measured, "measure_memory", measure)
     knorm_memory(knorm_press, prompt_tokens=40)
 

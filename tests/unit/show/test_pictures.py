@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from knormpress.errors import KnormError
 from knormpress.records.schema import Record
-from knormpress.show.pictures.draw import draw_all, select, select_lengths
+from knormpress.show.pictures.draw import draw_all, select, select_lengths, select_with_plans
 from knormpress.show.pictures.scaling import draw_scaling
 from knormpress.show.pictures.table import draw_table
 from tests.pictures import Drawn, faults, size
@@ -234,6 +234,28 @@ def test_of_the_ways_of_a_prompt_the_full_caches_is_drawn() -> None:
     shown, left_out = select(make_planned())
     assert [record.row for record in shown] == ["plan 0.40"]
     assert "way of the prompt in chunks, reused" in left_out
+
+
+def test_a_plan_stands_beside_the_keep_ratios_and_no_line_leads_to_it(tmp_path: Path, drawn: Drawn) -> None:
+    uniform = make_records([1.0, 0.9, 0.5], prompt_tokens=4096, found=0.5)
+    plan, chunked, reused = make_planned(found=0.9)
+    control = make_record(0.5, method="random", prompt_tokens=4096)
+    records = [*uniform, plan, chunked, reused, control]
+    shown, left_out = select_with_plans(records)
+    assert shown == [*uniform, plan]
+    assert "random" in left_out
+    assert "reused" in left_out
+    draw_all(records, tmp_path)
+    assert faults(drawn) == []
+    for figure, texts in drawn.items():
+        assert any(text.replace("\n", " ").startswith("plan 0.40") for text, _ in texts)
+        lines = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "-"]
+        assert all(len(line.get_xdata()) <= len(uniform) for line in lines)
+
+
+def test_a_plan_alone_is_shown_too() -> None:
+    plan, *others = make_planned()
+    assert select_with_plans([plan, *others])[0] == [plan]
 
 
 def test_a_users_own_method_is_shown_rather_than_the_full_cache() -> None:
