@@ -6,26 +6,19 @@ import pytest
 
 from knormpress import KnormPress
 from knormpress.methods.registry import make_method
-from knormpress.pytest_plugin.measured import score
 from knormpress.records.figures import ROUNDING_KL
 from knormpress.stats.gates import gate
-from knormpress.stats.perplexity import LEAST_DOCUMENTS
 
 GATED = {"keep 0.9": KnormPress(0.9), "keep 0.8": KnormPress(0.8)}
 WHOLE = {"keep 1.0": KnormPress(1.0)}
 WORSE = {"keep 0.05": KnormPress(0.05), "highest norm first": make_method("highest-norm", KnormPress(0.8))}
 
-# What changes nothing, or many times what is allowed, shows on the fewest documents that give an interval.
-FEW = LEAST_DOCUMENTS
-
 
 @pytest.fixture(scope="module")
-def found(knorm_bench, knorm_quality):
-    """All the methods scored: the gated ones on as many documents as were asked for; each group shares its prefills."""
-    gated = knorm_quality(list(GATED.values()))
-    samples = min(FEW, gated[0].conditions["documents"])
-    controls = score(knorm_bench, [*WHOLE.values(), *WORSE.values()], context=1024, scored=256, samples=samples)
-    found = dict(zip([*GATED, *WHOLE, *WORSE], [*gated, *controls], strict=True))
+def found(knorm_quality):
+    """All the methods scored; they share each document's prefill."""
+    methods = GATED | WHOLE | WORSE
+    found = dict(zip(methods, knorm_quality(list(methods.values())), strict=True))
     for name, result in found.items():
         print(f"\n{name}: perplexity {result.quality.ppl} ({result.quality.ppl.interval}), KL {result.quality.kl:.4f}")
     return found

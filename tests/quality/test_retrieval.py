@@ -12,7 +12,7 @@ from knormpress.methods.registry import make_method
 from knormpress.pytest_plugin.measured import retrieval_controls
 
 HALF = KnormPress(0.5)
-TEXTS = 8
+TEXTS = 6
 MORE_TEXTS = 10
 TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "multikey-filler", "passkey")
 
