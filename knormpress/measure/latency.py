@@ -27,7 +27,7 @@ from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of
 from knormpress.records.figures import Latency, Run
 from knormpress.stats.intervals import is_precise
-from knormpress.workload.devices import synchronize
+from knormpress.workload.devices import devices_of, synchronize
 
 __all__ = ["are_precise", "cold_ttft", "measure_latency", "time_generation", "weights_tpot"]
 
@@ -67,10 +67,11 @@ def time_generation(
         raise KnormError(
             f"got a prompt of {prompt.numel()} tokens and {new_tokens} new tokens to time; wanted at least 1 of each"
         )
-    device = prompt.device
+    devices = devices_of(model)
 
     def clock() -> float:
-        synchronize(device)
+        for device in devices:
+            synchronize(device)
         return time.perf_counter()
 
     with torch.inference_mode(), _collector_paused():
@@ -136,7 +137,7 @@ def measure_latency(
         full, own = (baseline or FullCache(), prompt, prefill_chunk), (candidate, left, way.chunk)
         for side in (full, own):
             run(*side, min(new_tokens, _WARM_UP_TOKENS))
-        speed_before = calibrate(prompt.device)
+        speed_before = _speed(model)
         pairs = in_turn(
             lambda: run(*full, new_tokens),
             lambda: run(*own, new_tokens),
@@ -145,8 +146,13 @@ def measure_latency(
             seconds=seconds,
             repeat=repeat,
         )
-        speed_after = calibrate(prompt.device)
+        speed_after = _speed(model)
     return _latency(pairs).model_copy(update={"calibration_s": (speed_before, speed_after), "ttft_cold_s": cold_s})
+
+
+def _speed(model: PreTrainedModel) -> float:
+    """The time of the fixed workload; on several devices their geometric mean, in which each counts as much."""
+    return statistics.geometric_mean(map(calibrate, devices_of(model)))
 
 
 def are_precise(pairs: Pairs[Run], precision: float) -> bool:
