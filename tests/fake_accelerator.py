@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 DEVICE = torch.device("cuda:1")
@@ -98,3 +98,54 @@ class FakeAccelerator(TorchFunctionMode):
             return self.place(value) if isinstance(value, Tensor) else value
 
         return tree_map(placed, found)
+
+
+class TwoDevices(FakeAccelerator):
+    """Refuses to compute with tensors of both devices at once, as torch does."""
+
+    PEAK = 4_096
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset = False
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        """Stand in for the function of ``torch.cuda``."""
+        assert device == DEVICE
+        self.reset = True
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        """Stand in for the function of ``torch.cuda``."""
+        assert device == DEVICE
+        assert self.queued == 0
+        return self.PEAK
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        # A number on the CPU may meet any device.
+        here = {isinstance(t, AcceleratorTensor) for t in tensors if isinstance(t, AcceleratorTensor) or t.dim()}
+        name = getattr(function, "__name__", "")
+        assert len(here) < 2 or name in ("copy_", "to", "__getitem__", "__setitem__", "__get__", "__set__"), name
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def split(self, model: nn.Module) -> Any:
+        """A copy of ``model`` whose layers from the second on are here; inputs are moved as accelerate moves them."""
+        split: Any = copy.deepcopy(model)
+        first, *others = split.model.layers
+        for layer in others:
+            for module in layer.modules():
+                for store in (module._parameters, module._buffers):
+                    store.update({name: self.place(t.detach()) for name, t in store.items() if t is not None})
+        for module in (first, *others, split.model.norm):
+            is_here = module in others
+
+            def move(_: nn.Module, args: Any, kwargs: Any, is_here: bool = is_here) -> Any:
+                def moved(value: Any) -> Any:
+                    if isinstance(value, Tensor) and isinstance(value, AcceleratorTensor) != is_here:
+                        return self.place(value) if is_here else value.cpu()
+                    return value
+
+                return tree_map(moved, args), {name: tree_map(moved, value) for name, value in kwargs.items()}
+
+            module.register_forward_pre_hook(move, with_kwargs=True)
+        return split

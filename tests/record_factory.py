@@ -76,6 +76,7 @@ def make_record(
             processor="x86_64",
             device=device,
             device_name=names.get("device_name", "Synthetic CPU @ 2.50 GHz"),
+            device_map=names.get("device_map"),
             threads=names.get("threads", 2),
             git_commit="0" * 40,
             git_dirty=False,

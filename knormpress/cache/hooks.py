@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knormpress.cache import attention
 
-__all__ = ["MaskHooks", "MaskedCache", "is_attention"]
+__all__ = ["MaskHooks", "MaskedCache", "device_of", "is_attention"]
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -69,7 +69,7 @@ class MaskHooks:
     @property
     def devices(self) -> dict[int, torch.device]:
         """The device that each layer computes on; with accelerate's offloading its weights may be elsewhere."""
-        return {int(module.layer_idx): _device_of(module) for module in self._modules}  # type: ignore[arg-type]
+        return {int(module.layer_idx): device_of(module) for module in self._modules}  # type: ignore[arg-type]
 
     def owns(self, module: nn.Module) -> bool:
         """Whether ``module`` belongs to this model."""
@@ -136,7 +136,8 @@ def _shared(alive: MutableMapping[_Key, weakref.ref[_Value]], key: _Key, make: C
     return value
 
 
-def _device_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module with weights computes on; with accelerate's offloading its weights may be elsewhere."""
     # accelerate keeps where a module computes in its hook, and its offloaded weights on the device "meta".
     execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     weight = next(module.parameters())

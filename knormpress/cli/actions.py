@@ -80,7 +80,9 @@ def search_plan(targets: Targets, source: Source, path: Path, *, fresh: bool, **
         text = load_corpus(source.corpus)
         if text.notice:
             progress.say(text.notice)
-        bench = Bench.open(source.model, text, device=resolve(source.one_device), dtype=source.dtype)
+        bench = Bench.open(
+            source.model, text, device=source.device_map or resolve(source.one_device), dtype=source.dtype
+        )
         return tune(bench, targets, path, fresh=fresh, progress=progress, **how)
 
 
@@ -88,9 +90,7 @@ def run_tasks(
     names: Sequence[str],
     path: Path,
     *,
-    model: str | None,
-    device: str,
-    dtype: str,
+    source: Source,
     folder: Path | None,
     few_shot: int | None,
     limit: int | None,
@@ -102,7 +102,7 @@ def run_tasks(
     Args:
         names, folder: see ``lm_eval.run.find_tasks``.
         path: a JSON Lines file.
-        model, device, dtype: see ``workload.models.load_model`` and ``workload.devices.resolve``.
+        source: the model, its device and dtype.
         few_shot, limit, chat_template: see ``lm_eval.run.compare_tasks``.
         how: the method and its policy, see ``lm_eval.model.KnormLM``.
 
@@ -127,14 +127,15 @@ def run_tasks(
     manager = find_tasks(names, folder)
     stopped = "nothing is kept, and the same command starts over"
     with room_for(path), _stoppable(stopped), TerminalProgress() as progress:
-        loaded = load_model(model, device=resolve(device), dtype=dtype)
+        device = source.device_map or resolve(source.one_device)
+        loaded = load_model(source.model, device=device, dtype=source.dtype)
         asked = KnormLM(loaded.model, tokenizer=loaded.tokenizer, progress=progress, **how)
         tasks, text = compare_tasks(asked, manager, names, few_shot=few_shot, limit=limit, chat_template=chat_template)
         entry = Entry(
             run=uuid.uuid4().hex,
             test=f"knormpress lm-eval {','.join(names)}",
             created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            environment=describe_environment(loaded.model.device),
+            environment=describe_environment(*loaded.devices, device_map=loaded.device_map),
             model=describe_model(loaded),
             text=text,
             method=describe_method(asked.method),

@@ -282,6 +282,9 @@ def lm_eval(
         str | None, typer.Option(help="Hub id or local folder; SmolLM2-135M-Instruct unless given.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps or xpu.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="As for sweep: in place of a device, spread the model over all.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")] = "float32",
     output: Output = _RESULTS,
     as_json: Json = False,
@@ -299,13 +302,12 @@ def lm_eval(
     from knormpress.show.task_table import print_tasks
 
     path = output / _TASKS_FILE
-    skipping = next(option for option in options_of(Candidates) if option.name == "skip_layers")
+    settings = {option.name: option for group in (Candidates, Source) for option in options_of(group)}
+    spread = read_option(settings["device_map"], device_map, "--device_map")
     entry = run_tasks(
         words(tasks),
         path,
-        model=model,
-        device=device,
-        dtype=dtype,
+        source=Source(model=model, device=(device,), device_map=spread, dtype=dtype),
         folder=include_path,
         few_shot=num_fewshot,
         limit=limit,
@@ -314,7 +316,7 @@ def lm_eval(
         plan=plan,
         method=method,
         prune_after=prune_after,
-        skip_layers=read_option(skipping, skip_layers, "--skip_layers"),
+        skip_layers=read_option(settings["skip_layers"], skip_layers, "--skip_layers"),
         split=split,
         prefill_chunk=prefill_chunk,
         batch_size=batch_size,

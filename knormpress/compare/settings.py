@@ -54,7 +54,7 @@ def setting(record: Record) -> dict[str, object]:
         "model": f"{record.model.name} ({record.model.fingerprint[:12]})",
         "dtype": record.model.dtype,
         "text": f"{record.text.name} ({record.text.sha256[:12]})",
-        "device": f"{environment.device} ({environment.device_name})",
+        "device": environment.place,
         "threads": environment.threads,
         "commit": (environment.git_commit or "none")[:12],
         "versions": f"torch {environment.torch}, transformers {environment.transformers}",

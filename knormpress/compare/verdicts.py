@@ -196,6 +196,7 @@ def machine_class(environment: Environment) -> dict[str, object]:
     return {
         "device": environment.device,
         "device_name": environment.device_name,
+        "device_map": environment.device_map,
         "processor": environment.processor,
         "threads": environment.threads,
     }
@@ -296,7 +297,7 @@ def _counts(before: Entry, now: Entry, thresholds: Mapping[str, float]) -> list[
         return []
     names: tuple[Counted, ...] = get_args(Counted)
     sides = before.environment, now.environment
-    for kind in ("torch", "transformers", "device"):
+    for kind in ("torch", "transformers", "device", "device_map"):
         versions = [getattr(side, kind) for side in sides]
         if versions[0] != versions[1]:
             reason = f"is not compared: {kind} differs ({versions[0]}, now {versions[1]})"

@@ -29,7 +29,8 @@ from knormpress.methods.knorm import KnormPress
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.methods.registry import make_method
 from knormpress.progress import Progress, ticking
-from knormpress.workload.devices import resolve
+from knormpress.workload.device_map import DeviceMap
+from knormpress.workload.devices import input_device, resolve
 from knormpress.workload.models import load_model
 from knormpress.workload.tasks.haystack import Haystack, Question
 
@@ -72,7 +73,8 @@ class KnormLM(HFLM):  # type: ignore[misc]
             line, and of other tasks the whole context is pruned.
         prefill_chunk: the most tokens of a context in one forward pass; None sends it in one pass.
         batch_size: the most continuations behind one context that are scored in one pass.
-        device, dtype: see ``workload.devices.resolve`` and ``load_model``; not for a loaded model.
+        device, device_map, dtype: see ``workload.devices.resolve``, ``DeviceMap.read`` and ``load_model``; not for a
+            loaded model. A map is used in place of the device.
         progress: is told of each context.
         options: any other option of the harness's ``HFLM``, such as ``max_length``.
 
@@ -93,6 +95,7 @@ class KnormLM(HFLM):  # type: ignore[misc]
         prefill_chunk: int | None = None,
         batch_size: int | str | None = 1,
         device: str | None = None,
+        device_map: str | None = None,
         dtype: str = "float32",
         progress: Progress | None = None,
         **options: Any,
@@ -103,12 +106,15 @@ class KnormLM(HFLM):  # type: ignore[misc]
         if not rows.isdigit() or int(rows) < 1:
             raise KnormError(f"batch_size is {batch_size!r}; wanted a whole number of at least 1")
         if pretrained is None or isinstance(pretrained, str):
-            loaded = load_model(pretrained, device=resolve(device or "auto"), dtype=dtype)
+            place = DeviceMap.read(device_map) if device_map else resolve(device or "auto")
+            loaded = load_model(pretrained, device=place, dtype=dtype)
             pretrained, options = loaded.model, {"tokenizer": loaded.tokenizer} | options
         options.pop("max_batch_size", None)
         with quiet():
             # One prompt at a time is generated from, as each has a text of its own before its question.
             super().__init__(pretrained=pretrained, batch_size=1, **options)
+        # Where weights wait on disk, the model's own device is none.
+        self._device = input_device(pretrained)
         if isinstance(method, str):
             method = make_method(method, _press(pretrained, keep_ratio, plan, prune_after, skip_layers))
         self.method, self.split, self.prefill_chunk = method, split, prefill_chunk

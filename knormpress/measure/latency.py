@@ -28,7 +28,7 @@ from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of
 from knormpress.records.figures import Latency, Run
 from knormpress.stats.intervals import is_precise
-from knormpress.workload.devices import synchronize
+from knormpress.workload.devices import devices_of, synchronize
 
 __all__ = ["are_precise", "cold_ttft", "measure_latency", "time_generation", "weights_tpot"]
 
@@ -68,10 +68,11 @@ def time_generation(
         raise KnormError(
             f"got a prompt of {prompt.numel()} tokens and {new_tokens} new tokens to time; wanted at least 1 of each"
         )
-    device = prompt.device
+    devices = devices_of(model)
 
     def clock() -> float:
-        synchronize(device)
+        for device in devices:
+            synchronize(device)
         return time.perf_counter()
 
     with torch.inference_mode(), _collector_paused():
@@ -142,7 +143,7 @@ def measure_latency(
         contexts.enter_context(_imports_exempt_from_collection())
         for side in sides:
             run(*side, min(new_tokens, _WARM_UP_TOKENS))
-        speed_before = calibrate(prompt.device)
+        speed_before = _speed(model)
         pairs_of_methods = in_turn(
             *(functools.partial(run, *side, new_tokens) for side in sides),
             rounds=rounds,
@@ -150,8 +151,13 @@ def measure_latency(
             seconds=seconds * len(methods),
             repeat=repeat,
         )
-        speed = (speed_before, calibrate(prompt.device))
+        speed = (speed_before, _speed(model))
     return [_latency(pairs, speed) for pairs in pairs_of_methods]
+
+
+def _speed(model: PreTrainedModel) -> float:
+    """The time of the fixed workload; on several devices their geometric mean, in which each counts as much."""
+    return statistics.geometric_mean(map(calibrate, devices_of(model)))
 
 
 def are_precise(pairs: Pairs[Run], precision: float) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of, describe_method, policy_of
 from knormpress.policy.policy import Policy, share
 from knormpress.records.figures import Memory, Reading
-from knormpress.workload.devices import PeakMemory, synchronize
+from knormpress.workload.devices import PeakMemory, devices_of, synchronize
 
 __all__ = ["cache_bytes", "measure_memory"]
 
@@ -102,13 +103,16 @@ class _Side(NamedTuple):
 def _memory_of(
     model: PreTrainedModel, method: Method, prompt: Tensor, prefill_chunk: int | None, decoded_tokens: int
 ) -> _Side:
-    """The bytes that the cache holds after the prompt and after decoding, and the device's readings for the prompt."""
+    """The bytes that the cache holds after the prompt and after decoding, and the devices' readings for the prompt."""
+    devices = devices_of(model)
     gc.collect()
     with torch.inference_mode(), caches_of(method, model) as new_cache:
-        with PeakMemory(prompt.device) as peak:
+        with ExitStack() as stack:
+            peaks = [stack.enter_context(PeakMemory(device)) for device in devices]
             cache = new_cache()
             token = prefill(model, prompt, cache, chunk=prefill_chunk).argmax(dim=-1, keepdim=True)
-            synchronize(prompt.device)
+            for device in devices:
+                synchronize(device)
         slots, prompt_bytes = slots_of(cache), cache_bytes(cache)
         known = max(0, decoded_tokens - _ONE_BY_ONE)
         decode(model, prompt.repeat(1, -(-known // prompt.shape[-1]))[:, :known], cache)
@@ -116,7 +120,12 @@ def _memory_of(
             token = prefill(model, token, cache).argmax(dim=-1, keepdim=True)
         decoded_bytes = cache_bytes(cache) if decoded_tokens else None
         _check_grown(method, cache)
-    return _Side(slots, prompt_bytes, decoded_bytes, tuple(peak.readings))
+    readings = tuple(
+        reading if len(devices) == 1 else reading.model_copy(update={"name": f"{reading.name} ({peak.device})"})
+        for peak in peaks
+        for reading in peak.readings
+    )
+    return _Side(slots, prompt_bytes, decoded_bytes, readings)
 
 
 def _check_pruned(method: Method, policy: Policy | None, memory: Memory, tokens: int, *, drops: bool) -> None:

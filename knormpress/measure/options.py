@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from knormpress.errors import KnormError
 from knormpress.methods.knorm import KnormPress
+from knormpress.workload.device_map import DeviceMap
 
 if TYPE_CHECKING:
     from knormpress.records.plan import Plan
@@ -137,12 +138,23 @@ class Source:
     Args:
         model, dtype: see ``workload.models.load_model``.
         device: see ``workload.devices.resolve``; several devices are measured one after the other.
+        device_map: in place of a device, for a model that is larger than one.
         corpus: see ``workload.corpora.load_corpus``.
+
+    Raises:
+        KnormError: no device is named, or one beside a map.
     """
 
     model: str | None = _setting(None, str, "Hub id or local folder; SmolLM2-135M-Instruct unless given.")
     device: tuple[str, ...] = _setting(
         ("auto",), str, "auto, cpu, cuda, cuda:1, mps or xpu; several separated by commas.", read=words
+    )
+    device_map: DeviceMap | None = _setting(  # noqa: RUF009
+        None,
+        str,
+        "In place of a device, spread the model over all: auto, balanced, balanced_low_0 or sequential, and the most "
+        "memory of each if not all that is free, such as auto,cuda:0=10GB,cpu=2GB; the rest waits on disk.",
+        read=DeviceMap.read,
     )
     dtype: str = _setting("float32", str, "float32, float64, bfloat16 or float16.")
     corpus: str | None = _setting(
@@ -152,6 +164,11 @@ class Source:
     def __post_init__(self) -> None:
         if not self.device:
             raise KnormError("device is empty; wanted at least one, such as cpu")
+        if self.device_map is not None and self.device != ("auto",):
+            raise KnormError(
+                f"device is {','.join(self.device)} and there is a device_map; wanted one of them: a map chooses its "
+                "devices, or names them, as in auto,cpu=2GB"
+            )
 
     @property
     def one_device(self) -> str:

@@ -111,7 +111,8 @@ def run(
     # A cell without counted cost is measured again where that is wanted and possible.
     stored = {_key(record): record for record in known if record.cost or not settings.effort.cost or _reuses(record)}
     # "cpu" and "cpu:0" are the same device.
-    devices = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}.values()
+    named = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}
+    devices = [settings.source.device_map] if settings.source.device_map else named.values()
     corpus = load_corpus(settings.source.corpus)
     if corpus.notice:
         progress.say(corpus.notice)

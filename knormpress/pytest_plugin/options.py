@@ -23,6 +23,7 @@ __all__ = [
     "press_id",
     "presses",
     "setting",
+    "source",
     "spelled",
     "threshold_text",
     "usage",
@@ -47,6 +48,9 @@ OPTIONS = {
     for option in (
         _shared("model"),
         _shared("device", (), f"devices that must be usable, or auto; unless given, all usable devices of {DEVICES}"),
+        _shared(
+            "device_map", text="In place of --knorm-device, spread the model: as --device-map of knormpress sweep."
+        ),
         _shared("keep_ratios"),
         _shared("prune_after"),
         _shared("skip_layers"),
@@ -98,10 +102,29 @@ def number(config: pytest.Config, name: str) -> Any:
     return usage(lambda: _value(config, name))
 
 
+def source(config: pytest.Config) -> Source:
+    """What the options name to measure on; the device is "auto" where none is named.
+
+    Raises:
+        KnormError: an option has an invalid value, or there are both a device and a map.
+    """
+    spread = _value(config, "device_map") if setting(config, "device_map") else None
+    named = words(setting(config, "device"))
+    return Source(
+        model=setting(config, "model") or None,
+        device=named or ("auto",),
+        device_map=spread,
+        corpus=setting(config, "corpus") or None,
+    )
+
+
 def devices(config: pytest.Config) -> list[Any]:
     """The devices to test on. Unless they were named by the user, those that are not usable are marked to skip."""
     from knormpress.workload.devices import resolve, usable
 
+    chosen = usage(lambda: source(config))
+    if chosen.device_map is not None:
+        return [str(usage(functools.partial(resolve, chosen.device_map.first)))]
     named = words(setting(config, "device"))
     if named:
         # A named device that is missing is an error: a run that skips every test would look like success.
@@ -137,6 +160,7 @@ def expect_values(config: pytest.Config) -> None:
     Raises:
         KnormError: an option has an invalid value.
     """
+    source(config)
     presses(config)
     numbers = {name: _value(config, name) for name, option in OPTIONS.items() if option.kind in (int, float)}
     Effort(**{name: numbers[name] for name in ("samples", "precision", "seconds")})

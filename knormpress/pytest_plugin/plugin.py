@@ -24,6 +24,7 @@ from knormpress.pytest_plugin.options import (
     press_id,
     presses,
     setting,
+    source,
     spelled,
     usage,
     warn_of_other_settings,
@@ -40,6 +41,7 @@ from knormpress.pytest_plugin.session import StoredRun
 
 if TYPE_CHECKING:
     from knormpress.measure.cost import Prefilled
+    from knormpress.measure.options import Source
     from knormpress.methods.method import Method
     from knormpress.pytest_plugin.measured import Measured
     from knormpress.records.figures import Cost, Latency, Memory
@@ -90,7 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Check the options before tests are collected, so that errors in them are one line."""
-    if session.config.getoption("--knorm-device") is not None:
+    if any(session.config.getoption(spelled(name)) is not None for name in ("device", "device_map")):
         devices(session.config)
     usage(lambda: expect_values(session.config))
 
@@ -107,7 +109,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def knorm_bench(knorm_device: str, request: pytest.FixtureRequest) -> Bench:
     """The model on the device, and the text as tokens; loaded once per session."""
-    bench = _bench(knorm_device, setting(request.config, "model"), setting(request.config, "corpus"))
+    bench = _bench(source(request.config), knorm_device)
     plan = setting(request.config, "plan")
     if plan not in ("", "auto", "none"):
         from knormpress.cache.fingerprint import model_fingerprint
@@ -392,9 +394,10 @@ def _finish(item: pytest.Item, *, passed: bool) -> None:
 
 
 @functools.cache
-def _bench(device: str, model: str, corpus: str) -> Bench:
+def _bench(named: Source, device: str) -> Bench:
     from knormpress.workload.bench import Bench
     from knormpress.workload.corpora import load_corpus
     from knormpress.workload.devices import resolve
 
-    return Bench.open(model or None, load_corpus(corpus or None), device=resolve(device), dtype="float32")
+    place = named.device_map or resolve(device)
+    return Bench.open(named.model, load_corpus(named.corpus), device=place, dtype=named.dtype)

@@ -31,7 +31,11 @@ SCHEMA_VERSION: Final = 2
 
 
 class Environment(Strict):
-    """The machine and the software of a measurement."""
+    """The machine and the software of a measurement.
+
+    A model that is spread over several devices has a ``device_map``, see ``workload.devices.describe_map``; ``device``
+    and ``device_name`` then name all of them.
+    """
 
     knormpress: str
     python: str
@@ -44,6 +48,13 @@ class Environment(Strict):
     threads: int
     git_commit: str | None
     git_dirty: bool | None
+    device_map: str | None = None
+
+    @property
+    def place(self) -> str:
+        """The device with its name; for a model that is spread, its parts too."""
+        spread = "" if self.device_map is None else f"; {self.device_map}"
+        return f"{self.device} ({self.device_name}){spread}"
 
 
 class ModelInfo(Strict):

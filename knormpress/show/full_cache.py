@@ -35,6 +35,8 @@ def _lines(record: Record) -> Iterator[str]:
     yield f"model        {record.model.name}, {record.model.dtype}, from {record.model.source}"
     yield f"text         {record.text.name}"
     yield f"device       {environment.device} ({environment.device_name}), threads: {environment.threads}"
+    if environment.device_map is not None:
+        yield f"map          {environment.device_map}"
     yield (
         f"prompt       {conditions.prompt_tokens:,} tokens, and {conditions.new_tokens:,} new ones, "
         f"{latency.pairs} times"

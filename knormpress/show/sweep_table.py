@@ -76,6 +76,7 @@ def _heading(records: Sequence[Record]) -> Text:
         f"model    {record.model.name}, {record.model.dtype}",
         f"text     {record.text.name}",
         f"device   {environment.device} ({environment.device_name}), threads: {environment.threads}",
+        *([] if environment.device_map is None else [f"map      {environment.device_map}"]),
         f"timing   {prompt}, pairs of runs: {' to '.join(dict.fromkeys((str(min(pairs)), str(max(pairs)))))}",
         f"quality  {conditions.samples:,} samples: {conditions.scored_tokens:,} tokens scored after {context:,}",
         *_retrieval(records),

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from knormpress.errors import KnormError
 from knormpress.records.schema import Environment, ModelInfo, TextInfo
 from knormpress.workload.corpora import Corpus, documents
+from knormpress.workload.device_map import DeviceMap
+from knormpress.workload.devices import input_device
 from knormpress.workload.environment import describe_environment
 from knormpress.workload.models import LoadedModel, load_model
 
@@ -45,8 +47,8 @@ class Bench:
     text_info: TextInfo
 
     @classmethod
-    def open(cls, model: str | None, corpus: Corpus, *, device: torch.device, dtype: str) -> Bench:
-        """Load ``model`` on ``device`` and tokenise the text.
+    def open(cls, model: str | None, corpus: Corpus, *, device: torch.device | DeviceMap, dtype: str) -> Bench:
+        """Load ``model`` as ``models.load_model`` does, and tokenise the text.
 
         Raises:
             KnormError: the model can't be loaded.
@@ -59,10 +61,15 @@ class Bench:
             tokenizer=tokenizer,
             ids=torch.tensor(tokenizer(corpus.text, add_special_tokens=False, verbose=False).input_ids),
             start=torch.tensor(first if first == [tokenizer.bos_token_id] else [], dtype=torch.long),
-            environment=describe_environment(device),
+            environment=describe_environment(*loaded.devices, device_map=loaded.device_map),
             model_info=describe_model(loaded),
             text_info=TextInfo(name=corpus.name, source=corpus.source, sha256=corpus.sha256),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return input_device(self.model)
 
     @property
     def layers(self) -> int:
@@ -88,11 +95,11 @@ class Bench:
             )
 
     def documents(self, *, length: int, count: int) -> list[Tensor]:
-        """``count`` parts of the text as token ids of shape (1, length), on the model's device.
+        """``count`` parts of the text as token ids of shape (1, length), on ``device``.
 
         Raises:
             KnormError: the text is too short, or the model has too few positions.
         """
         self.check_length(length)
         parts = documents(self.ids, length=length - len(self.start), count=count)
-        return [torch.cat([self.start, ids])[None].to(self.model.device) for ids in parts]
+        return [torch.cat([self.start, ids])[None].to(self.device) for ids in parts]

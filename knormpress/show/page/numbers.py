@@ -34,7 +34,7 @@ def downloads(records: Sequence[Record], cells: Sequence[Record], history: Histo
 
 def _results(records: Sequence[Record]) -> Iterator[list[object]]:
     yield [
-        *("model", "dtype", "text", "device", "commit", "method"),
+        *("model", "dtype", "text", "device", "device_map", "commit", "method"),
         *("keep_ratio", "prompt_tokens", "new_tokens", "candidate_chunk", "reused_tokens", "pairs"),
         *(f"{name}_change_{part}" for name in _CHANGES for part in ("percent", "low", "high")),
         *(f"{side}_{name}" for side in ("full", "pruned") for name in _OF_A_SIDE),
@@ -43,8 +43,8 @@ def _results(records: Sequence[Record]) -> Iterator[list[object]]:
     for record in records:
         model, conditions, environment, memory = record.model, record.conditions, record.environment, record.memory
         yield [
-            *(model.name, model.dtype, record.text.name, environment.device, environment.git_commit),
-            *(record.policy.method, record.keep_ratio),
+            *(model.name, model.dtype, record.text.name, environment.device, environment.device_map),
+            *(environment.git_commit, record.policy.method, record.keep_ratio),
             *(conditions.prompt_tokens, conditions.new_tokens),
             *(conditions.candidate_chunk, conditions.reused_tokens, record.latency.pairs),
             *(figure for change in _changes(record) for figure in astuple(change)),

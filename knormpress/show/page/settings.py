@@ -100,7 +100,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("Model", f"{model.name}, {model.dtype}, {model.parameters:,} parameters"),
         ("Model from", f"{model.source} (fingerprint {model.fingerprint[:12]})"),
         ("Text", f"{record.text.name}, from {record.text.source} (sha256 {record.text.sha256[:12]})"),
-        ("Device", f"{environment.device} ({environment.device_name})"),
+        ("Device", environment.place),
         ("Threads", f"{environment.threads}"),
         ("Platform", f"{environment.platform}, {environment.processor}"),
         ("Python", environment.python),

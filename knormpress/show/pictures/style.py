@@ -225,6 +225,7 @@ def add_footer(figure: Figure, records: Sequence[Record], left_out: str) -> None
             f"{_short(record.model.name)}, {record.model.dtype}",
             f"text: {_short(record.text.name)}",
             f"{environment.device} ({_short(environment.device_name)}), threads: {environment.threads}",
+            *([_short(environment.device_map)] if environment.device_map else []),
             max(record.created for record in records)[:10],
             f"knormpress {environment.knormpress}",
         ],

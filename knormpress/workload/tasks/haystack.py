@@ -160,7 +160,7 @@ def _make(bench: Bench, task: Task, draws: Callable[[], Draw], length: int, pros
     elif task.body == "filler":
         body = list(islice(cycle(encode(draw.filler())), left))
     ids = head + _hidden(body, needles, bench.tokenizer)
-    text = torch.cat([bench.start, torch.tensor(ids)])[None].to(bench.model.device)
+    text = torch.cat([bench.start, torch.tensor(ids)])[None].to(bench.device)
     questions = tuple(_question(task, asked, ids, encode, bench) for asked in draft.asked)
     return Haystack(task.name, draw.number, text, questions, task.in_turn)
 
@@ -210,7 +210,7 @@ def _question(task: Task, asked: Asked, text: list[int], encode: Callable[[str],
             f"the tokenizer of {bench.model_info.name} splits {asked.answer.strip()!r} differently in text and "
             f"question, so {task.name} can't be scored; leave it out, or use another model"
         )
-    device = bench.model.device
+    device = bench.device
     return Question(
         name=asked.name,
         ids=torch.tensor(begins)[None].to(device),

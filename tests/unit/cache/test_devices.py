@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from knormpress import KnormCache, KnormPress
-from tests.fake_accelerator import CPU, DEVICE, AcceleratorTensor, FakeAccelerator
+from tests.fake_accelerator import CPU, DEVICE, TwoDevices
 from tests.oracle import position_ids
 from tests.strategies import left_padding, tiny_model, tokens
 from tests.unit.cache.test_hooks import IDS, PRESS, chunk_after_pruning, make_model
 
 PADDING = left_padding(30, 0, 9)
 PARTS = ((0, 20), (20, 25), (25, 26))
-
-
-class TwoDevices(FakeAccelerator):
-    """Refuses to compute with tensors of both devices at once, as torch does."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-        # A number on the CPU may meet any device.
-        here = {isinstance(t, AcceleratorTensor) for t in tensors if isinstance(t, AcceleratorTensor) or t.dim()}
-        name = getattr(function, "__name__", "")
-        assert len(here) < 2 or name in ("copy_", "to", "__getitem__", "__setitem__", "__get__", "__set__"), name
-        return super().__torch_function__(function, types, args, kwargs)
-
-    def split(self, model: nn.Module) -> Any:
-        """A copy of ``model`` whose layers from the second on are here; inputs are moved as accelerate moves them."""
-        split: Any = copy.deepcopy(model)
-        first, *others = split.model.layers
-        for layer in others:
-            for module in layer.modules():
-                for store in (module._parameters, module._buffers):
-                    store.update({name: self.place(t.detach()) for name, t in store.items() if t is not None})
-        for module in (first, *others, split.model.norm):
-            is_here = module in others
-
-            def move(_: nn.Module, args: Any, kwargs: Any, is_here: bool = is_here) -> Any:
-                def moved(value: Any) -> Any:
-                    if isinstance(value, Tensor) and isinstance(value, AcceleratorTensor) != is_here:
-                        return self.place(value) if is_here else value.cpu()
-                    return value
-
-                return tree_map(moved, args), {name: tree_map(moved, value) for name, value in kwargs.items()}
-
-            module.register_forward_pre_hook(move, with_kwargs=True)
-        return split
 
 
 def logits(model: Any, cache: KnormCache, start: int, end: int) -> Tensor:

@@ -56,9 +56,21 @@ def test_json_is_the_stored_entry(command: list[str], capsys: pytest.CaptureFixt
     assert entry.method.startswith("ScoredPress")
 
 
+def test_a_model_that_waits_on_disk_has_the_same_results(command: list[str]) -> None:
+    place = command.index("--device")
+    spread = [*command[:place], "--device-map", "auto,cpu=0KB", *command[place + 2 :]]
+    for each in (command, spread):
+        assert main([*each, "--keep-ratio", "0.5", "--limit", "1"]) == 0
+    whole, waiting = stored()
+    assert waiting.environment.device_map == "disk: all"
+    assert waiting.lm_eval == whole.lm_eval
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--keep-ratio", "0.5", "--device-map", "cpu"), "--device_map is 'cpu'"),
+        (("--keep-ratio", "0.5", "--device-map", "auto"), "device is cpu and there is a device_map"),
         (("--keep-ratio", "0.5", "--tasks", "choice,lambada_openai,nothing-of-it"), "no task 'nothing-of-it'"),
         (("--keep-ratio", "0.5", "--include-path", "nowhere"), "no folder nowhere"),
         (("--keep-ratio", "0.5", "--skip-layers", "x"), "--skip_layers is 'x'"),

@@ -70,6 +70,7 @@ def test_differences_are_named() -> None:
         ({"fingerprint": "e" * 64}, "model"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"threads": 8}, "threads"),
+        ({"device_map": "disk: all"}, "device"),
         ({"text_name": "prose"}, "text"),
         ({"documents": 9}, "samples"),
         ({"scored": 100}, "scored tokens"),

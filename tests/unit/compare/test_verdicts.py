@@ -184,7 +184,7 @@ def test_counts_from_nothing_are_a_regression() -> None:
     assert words(judged(none, none))["host_reads"] == "ok"
 
 
-@pytest.mark.parametrize("kind", ["torch", "transformers", "device"])
+@pytest.mark.parametrize("kind", ["torch", "transformers", "device", "device_map"])
 def test_counts_of_other_versions_are_not_compared(kind: str) -> None:
     before = make_entry(parts=("memory", "cost"))
     verdict = judged(before, changed(before, "environment", **{kind: "another"}))

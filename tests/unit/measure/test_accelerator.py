@@ -16,9 +16,11 @@ import knormpress
 from knormpress import KnormCache, KnormPress
 from knormpress.cache.score import StoredTokens
 from knormpress.measure import calibration, latency
+from knormpress.measure.memory import measure_memory
 from knormpress.measure.prefill import prefill
+from knormpress.records.figures import Reading
 from knormpress.workload import devices
-from tests.fake_accelerator import DEVICE, FakeAccelerator
+from tests.fake_accelerator import CPU, DEVICE, FakeAccelerator, TwoDevices
 from tests.quality.test_kept_tokens import wrongly_kept
 from tests.strategies import tiny_model, tokens
 
@@ -137,6 +139,39 @@ def test_pytest_benchmarks_clock_too(
     in_turn(model, prompt, 2, repeat=lambda before, run: benchmark.pedantic(run, setup=before, rounds=3))
     assert len(readings.queued) > 2 * 3
     assert max(readings.queued) == 0
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoDevices]:
+    with TwoDevices() as fake:
+        for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+        yield fake
+
+
+@pytest.mark.parametrize("measured", [name for name in CLOCKED if name != "calibration"])
+@pytest.mark.parametrize("waits_for", ["each", "that of the prompt"])
+def test_on_several_devices_a_clock_waits_for_each(
+    measured: str, waits_for: str, two_devices: TwoDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's first layer and its output are on the CPU."""
+    model, ids = two_devices.split(tiny_model(dtype=torch.float32)), tokens(200, seed=5)
+    assert devices.devices_of(model) == (CPU, DEVICE)
+    readings = Readings(two_devices)
+    monkeypatch.setattr(time, "perf_counter", readings)
+    if waits_for != "each":
+        monkeypatch.setattr(latency, "devices_of", lambda model: (ids.device,))
+    CLOCKED[measured](model, ids)
+    assert (max(readings.queued) == 0) == (waits_for == "each")
+
+
+def test_on_several_devices_the_memory_of_each_is_read(two_devices: TwoDevices) -> None:
+    memory = measure_memory(two_devices.split(tiny_model(dtype=torch.float32)), PRESS, tokens(200, seed=5))
+    of_cpu, of_device = memory.candidate_device
+    assert of_cpu.name.startswith("process peak RSS")
+    assert of_cpu.name.endswith(" (cpu)")
+    assert of_device == Reading(name="device peak allocated (cuda:1)", bytes=two_devices.PEAK)
+    assert two_devices.reset
 
 
 def test_no_clock_is_read_elsewhere() -> None:

@@ -12,6 +12,7 @@ from knormpress import KnormPress
 from knormpress.errors import KnormError
 from knormpress.measure.options import Candidates, Effort, Source, options_of, read_option
 from knormpress.records.plan import write_plan
+from knormpress.workload.device_map import DeviceMap
 from tests.plan_factory import make_plan
 
 GROUPS = (Source, Effort, Candidates)
@@ -57,6 +58,7 @@ def test_every_option_makes_its_field_and_shows_its_default(group: type) -> None
     [
         ("device", " cpu, cuda:1 ,", ("cpu", "cuda:1")),
         ("device", " , ", ()),
+        ("device_map", "auto,cpu=2GB", DeviceMap("auto", (("cpu", 2 * 10**9),))),
         ("prompt_tokens", "512, 2048", (512, 2048)),
         ("prefill_chunk", None, None),
         ("prefill_chunk", "64", 64),
@@ -118,6 +120,7 @@ def test_what_is_given_twice_is_measured_once() -> None:
     ("make", "values", "message"),
     [
         (Source, {"device": ()}, "device is empty"),
+        (Source, {"device": ("cpu",), "device_map": DeviceMap("auto")}, "device is cpu and there is a device_map"),
         (Candidates, {"keep_ratios": ()}, "keep_ratios is empty"),
         (Candidates, {"keep_ratios": (0.9, 1.1)}, "keep_ratio is 1.1; wanted"),
         (Effort, {"prompt_tokens": ()}, "prompt_tokens is empty"),

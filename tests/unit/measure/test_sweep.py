@@ -34,6 +34,7 @@ from knormpress.records.plan import write_plan
 from knormpress.records.schema import Record
 from knormpress.workload.bench import Bench
 from knormpress.workload.corpora import load_corpus
+from knormpress.workload.device_map import DeviceMap
 from tests.plan_factory import make_plan
 from tests.tiny_folder import save_model, save_text
 
@@ -259,9 +260,11 @@ def test_a_new_ratio_is_the_only_one_measured(settings: SweepSettings, tmp_path:
         {"dtype": "bfloat16"},
         {"corpus": "other text"},
         {"model": "other model"},
+        {"device": ("auto",), "device_map": DeviceMap("auto", (("cpu", 0),))},
+        {"device": ("auto",), "device_map": DeviceMap("auto", (("cpu", 100_000),))},
         {"threads": 7},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=" ".join,
 )
 def test_a_cell_under_other_conditions_is_another_cell(
     settings: SweepSettings,
@@ -297,6 +300,35 @@ def test_the_same_weights_and_text_under_other_names_are_the_same_cell(
     moved = changed(settings, model=str(elsewhere), corpus=str(text))
     assert list(run(moved, measured.path)) == measured.records
     assert made_up.cells == 0
+
+
+def test_a_map_that_spreads_nothing_is_the_same_cell(
+    settings: SweepSettings, measured: Measured, made_up: MadeUp
+) -> None:
+    mapped = changed(settings, device=("auto",), device_map=DeviceMap("auto", (("cpu", 10**9),)))
+    assert list(run(mapped, measured.path)) == measured.records
+    assert made_up.cells == 0
+
+
+def test_a_model_that_waits_on_disk_has_the_same_figures(
+    settings: SweepSettings, measured: Measured, tmp_path: Path
+) -> None:
+    """And the same cell is found again."""
+    spread = changed(
+        settings, keep_ratios=(0.3,), rounds=1, device=("auto",), device_map=DeviceMap("auto", (("cpu", 100_000),))
+    )
+    path = tmp_path / "results.jsonl"
+    (record,) = run(spread, path)
+    whole = measured.records[-1]
+    assert record.environment.device == "cpu"
+    assert "disk: model.layers.1-2" in str(record.environment.device_map)
+    assert record.quality == whole.quality
+    assert record.memory.candidate_cache_bytes == whole.memory.candidate_cache_bytes
+    for side in ("baseline_decode", "candidate_decode", "candidate_prefill"):
+        counts, of_whole = getattr(record.cost, side), getattr(whole.cost, side)
+        assert counts.flops == of_whole.flops
+        assert counts.moved > of_whole.moved  # accelerate brings the weights
+    assert list(run(spread, path)) == [record]
 
 
 def test_a_stop_loses_no_finished_length(settings: SweepSettings, tmp_path: Path, made_up: MadeUp) -> None:

@@ -72,6 +72,17 @@ def test_every_option(
         assert sorted(lines) == sorted(values)
 
 
+def test_a_model_that_is_spread(run: Run) -> None:
+    shown = """
+def test_it(knorm_memory, knorm_method, knorm_device, knorm_bench):
+    knorm_memory(knorm_method, prompt_tokens=40)
+    print("on:", knorm_device, "|", knorm_bench.environment.device_map)
+"""
+    result = run(shown, device=None, device_map="auto,cpu=100KB")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["on: cpu | cpu: model.embed_tokens, model.layers.0; disk: model.layers.1-2, *"])
+
+
 @pytest.mark.parametrize(
     ("name", "value", "named"),
     [
@@ -79,6 +90,8 @@ def test_every_option(
         ("keep_ratios", "2", "keep_ratio is 2.0"),
         ("device", "cuda:7", "'cuda:7'"),
         ("device", "gpu", "'gpu'"),
+        ("device_map", "cpu", "--knorm-device-map is 'cpu'"),
+        ("device_map", "auto", "device is cpu and there is a device_map"),
         ("thresholds", "speed=1", "'speed=1'"),
         ("plan", "none.json", "none.json"),
         ("seconds", "nan", "--knorm-seconds is 'nan'"),

@@ -43,6 +43,15 @@ def test_records_come_back_equal_and_in_order(path: Path) -> None:
     assert list(read_records(path)) == records
 
 
+def test_records_from_before_there_were_device_maps_are_read(path: Path) -> None:
+    record = make_record()
+    fields = as_json(record)
+    del fields["environment"]["device_map"]
+    path.parent.mkdir()
+    path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    assert list(read_records(path)) == [record]
+
+
 def test_records_from_before_there_were_ways_are_read(path: Path) -> None:
     record = make_record()
     fields = as_json(record)

@@ -26,6 +26,11 @@ def test_its_figures_and_its_noise_fit_80_columns() -> None:
         assert part in text
 
 
+def test_a_model_that_is_spread_has_its_map() -> None:
+    text = "\n".join(describe_full_cache(make_record(1.0, method="full", device_map="cpu: lm_head; disk: model")))
+    assert "map          cpu: lm_head; disk: model\n" in text
+
+
 def test_what_was_not_measured_is_not_told() -> None:
     record = make_record(1.0, method="full")
     memory = record.memory.model_copy(update={"baseline_device": record.memory.candidate_device})

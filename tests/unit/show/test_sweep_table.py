@@ -200,6 +200,13 @@ def test_one_table_for_each_setting() -> None:
     assert text.index("prompt of 1,024") < text.index("prompt of 512") < text.index("cuda (")
 
 
+def test_a_model_that_is_spread_has_its_map_above_a_table_of_its_own() -> None:
+    spread = make_record(0.9, device_map="cpu: model.layers.0; disk: model.layers.1-2")
+    text = printed([*make_records([0.9, 0.8]), spread])
+    assert text.count("KnormPress: knorm") == 2
+    assert text.count("map      cpu: model.layers.0; disk: model.layers.1-2") == 1
+
+
 def test_a_cold_call_measured_in_another_setting_is_told_of_too() -> None:
     text = printed([make_record(0.9, prompt_tokens=512), make_record(1.0, method="full", ttft_cold_s=2.5)])
     assert "here 2.5 s cold" in " ".join(text.split())
