@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from knormpress import KnormCache, KnormPress
+from knormpress.cache.layer import KnormLayer, TokenLog
 from knormpress.cache.score import StoredTokens, key_norms
 from knormpress.measure.operators import OperatorCounter
 from tests.fake_accelerator import DEVICE, AcceleratorTensor, FakeAccelerator
@@ -148,6 +149,22 @@ def test_a_padded_prefill_in_chunks(model, case, most):
     for ours, full in chunks:
         assert ours.reads - full.reads == 2
         assert ours.ops - full.ops <= most * ours.pruned
+
+
+@pytest.mark.parametrize("passes", [[2_000], [2_000] + [1] * 200], ids=["behind a prompt", "while decoding"])
+def test_the_bytes_of_one_prune_and_of_the_token_behind_it(passes):
+    """Each kept byte is read and written once, and the keys are read to be ranked: as much again, at keep 0.5.
+
+    The token behind it finds room for itself. To make it then would read and write each kept byte once more.
+    """
+    layer = KnormLayer(1, press(prune_interval=100), 0.5, key_norms, TokenLog())
+    with torch.no_grad(), OperatorCounter(torch.device("cpu")) as counter:
+        for size in [*passes, 1]:
+            states = [torch.randn(1, 2, size, 64) for _ in range(2)]
+            before, kept = counter.take().moved, 2 * layer.keys.nbytes if layer.seen else 0
+            layer.update(*states)
+    assert layer.seen - layer.pruned_at == 1
+    assert before + counter.take().moved < 3.5 * kept
 
 
 _READS = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal"]
