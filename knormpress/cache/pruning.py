@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knormpress.cache.log import is_at_hand
 from knormpress.policy.policy import Policy, share
 
 __all__ = ["budget", "gather", "select"]
@@ -65,7 +66,7 @@ def select(scores: Tensor, budgets: Sequence[int], *, real: Tensor | None = None
         scores = scores.masked_fill(newer < keep_recent, -torch.inf)
     if real is not None:
         scores = scores.masked_fill(~real, torch.inf)
-    if scores.device.type == "cpu" and scores.is_floating_point():
+    if is_at_hand(scores) and scores.is_floating_point():
         return _select_by_numpy(scores, budgets)
     return _select_without_waiting(scores, budgets)
 
