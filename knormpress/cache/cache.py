@@ -179,7 +179,7 @@ class KnormCache(MaskedCache):
                 )
             self.log.real = None  # only rows without padding are left
             return SharedMask.none(causal=sdpa and new == 1)
-        shared = SharedMask.read(mask, seen, new, sdpa=sdpa, padded=self.log.real is not None)
+        shared = SharedMask.read(mask, seen, new, sdpa=sdpa, real=self.log.real)
         if shared.covers != seen + new:
             raise KnormError(
                 f"the attention mask covers {shared.covers} tokens, but {seen} were seen and {new} come; "

@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from knormpress.cache.log import TokenLog
 from knormpress.cache.pruning import budget, gather, select
 from knormpress.cache.score import Score, StoredTokens, scores_of
-from knormpress.cache.tape import Tape
+from knormpress.cache.tape import Tape, spare_room
 from knormpress.errors import KnormError
 from knormpress.policy.policy import Policy
 
@@ -330,7 +330,7 @@ class KnormLayer(CacheLayerMixin):
         kept = columns.gather(-1, filled)
         self.kept = (kept.masked_fill(slots < 0, 0) if self.holes else kept)[:, :, None]
         stored = slots.shape[-1]
-        spare = self._tapes[0].spare(stored, self._most_spare(self.seen, stored, self.keys, self.values))
+        spare = spare_room(stored, self._most_spare(self.seen, stored, self.keys, self.values))
         wanted = pad(filled, (0, spare)) if spare else filled
         rows: dict[tuple[int, ...], Tensor] = {}
         self.keys, self.values = (

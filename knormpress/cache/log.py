@@ -9,7 +9,12 @@ from torch.nn.functional import pad
 
 from knormpress.errors import KnormError
 
-__all__ = ["TokenLog"]
+__all__ = ["TokenLog", "is_at_hand"]
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether the host can read ``tensor`` without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 class TokenLog:

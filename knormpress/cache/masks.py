@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from torch.nn.functional import pad
+
+from knormpress.cache.log import is_at_hand
 
 __all__ = ["SharedMask", "dense_mask", "flex_mask", "real_tokens"]
 
@@ -31,8 +34,9 @@ class SharedMask:
 
     ``covers`` is the number of tokens that the mask covers, of which ``seen`` came before this pass. ``real`` (B or 1,
     q) is False for new tokens that are padding; None if none is. ``plain`` is true if the mask hides no token of the
-    past; ``causal``, if ``sdpa`` is in use and the mask is causal among the new tokens and hides nothing else. Both are
-    false where nobody looked.
+    past; ``causal``, if ``sdpa`` is in use and the mask is causal among the new tokens and hides nothing else;
+    ``padded``, if ``sdpa`` is in use and the mask hides of the past all padding and nothing else. All are false where
+    nobody looked.
     """
 
     mask: Callable[[], Any]
@@ -42,33 +46,35 @@ class SharedMask:
     real: Tensor | None
     plain: bool
     causal: bool
+    padded: bool
     _parts: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def none(cls, *, causal: bool) -> SharedMask:
         """The absence of a mask."""
-        return cls(lambda: None, lambda: None, 0, 0, None, True, causal)
+        return cls(lambda: None, lambda: None, 0, 0, None, True, causal, False)
 
     @classmethod
-    def read(cls, mask: Any, seen: int, new: int, *, sdpa: bool, padded: bool) -> SharedMask:
+    def read(cls, mask: Any, seen: int, new: int, *, sdpa: bool, real: Tensor | None) -> SharedMask:
         """Read ``mask`` for ``new`` tokens after ``seen`` ones. It may cover too few tokens: check ``covers``.
 
-        With ``padded``, for batches that had padding before, the host does not wait to learn what the mask says.
+        ``real`` (B, seen) says which of those are padding, if any is. Then the host does not wait to learn what the
+        mask says.
         """
         dense = dense_mask(mask, new, seen + new) if isinstance(mask, BlockMask) else mask
         weak_mask = weakref.ref(mask)
         found = weak_mask, weak_mask if dense is mask else lambda: dense, seen, dense.shape[-1]
         if dense.shape[-1] != seen + new:
-            return cls(*found, None, False, False)
+            return cls(*found, None, False, False, False)
         own = _own(dense, seen)
-        if padded:
-            return cls(*found, _real(own), False, False)
+        if real is not None:
+            return cls(*found, _real(own), False, False, sdpa and _hides_padding_alone(dense[..., :seen], real))
         can_be_causal = sdpa and dense.dim() == 4 and dense.dtype == torch.bool
         past = dense[..., :seen]
         flags = [past.all() if past.dtype == torch.bool else (past == 0).all(), _is_whole(own)]
         flags += [(own == torch.ones_like(own[0, 0]).tril()).all()] if can_be_causal else []
         plain, whole, *causal = torch.stack(flags).tolist()
-        return cls(*found, None if whole else _real(own), plain, plain and causal == [True])
+        return cls(*found, None if whole else _real(own), plain, plain and causal == [True], False)
 
     def of(self, kept: Tensor, *, since: int, groups: int, holes: bool) -> Tensor | None:
         """The columns of one layer's stored tokens.
@@ -89,6 +95,12 @@ class SharedMask:
             return None
         if self.plain and not holes:
             return mask[..., since - kept.shape[-1] :]
+        if self.padded:
+            # Padding is never kept, so that heads differ in nothing that a mask could show.
+            if (since,) not in self._parts:
+                self._parts[since,] = mask[..., since:].expand(len(kept), -1, -1, -1)
+            visible = (kept[:, :1] > 0).expand(-1, -1, mask.shape[2], -1)
+            return torch.cat([visible, self._parts[since,]], dim=-1)
         if mask.dim() == 2:
             # Padding and empty slots are at the same slots in all heads of a row.
             past, newer = self._behind_hidden(mask, since, tuple(mask.shape[:1]))
@@ -144,6 +156,18 @@ def flex_mask(mask: Tensor) -> BlockMask:
     return create_block_mask(
         attends, batch, heads if heads > 1 else None, queries, keys, device=mask.device.type, _compile=False
     )
+
+
+def _hides_padding_alone(past: Tensor, real: Tensor) -> bool:
+    """Whether a mask (B, 1 or A, q, seen) hides what is not ``real`` (B, seen), and nothing else.
+
+    False if the host would have to wait for it.
+    """
+    if not is_at_hand(past) or past.dtype != torch.bool or past.dim() != 4 or past.shape[1] > 1:
+        return False
+    answer = np.empty((), np.bool_)
+    torch.from_numpy(answer).copy_((past == real[:, None, None]).all())
+    return bool(answer)
 
 
 def _own(mask: Tensor, seen: int) -> Tensor:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Tape"]
+__all__ = ["Tape", "spare_room"]
 
 
 class Tape:
     """A tensor (B, H, length, ...) to which single slots are appended in place.
 
     ``torch.cat`` would copy the whole cache for every decoded token. When single slots are appended, a tape reserves
-    spare room: 64 slots, or 1/64 of its length if that is more, within what the caller allows. Until then it has none.
+    spare room: 64 slots, or 1/64 of its length if that is more, within what the caller allows. Until then it has none,
+    unless its contents came with room (``hold``).
     """
 
     def __init__(self) -> None:
@@ -53,10 +54,6 @@ class Tape:
         self._adopt(store, length, is_ours=store.shape[2] > length)
         return self._divide() if self._is_ours else store
 
-    def spare(self, length: int, most: float) -> int:
-        """How much room a tape that grows by single slots reserves behind ``length`` slots, at most ``most``."""
-        return _room(length, most) if self._is_ours else 0
-
     def append(self, states: Tensor, most_spare: float = math.inf) -> Tensor:
         """Add the slots of ``states`` (B, H, new, ...) at the end. Returns the view of all slots.
 
@@ -71,7 +68,7 @@ class Tape:
         if new > 1 or torch.is_grad_enabled():
             return self.replace(torch.cat([self.view, states], dim=2))
         if not self._is_ours or length == self._store.shape[2] or self._is_read_only():
-            room = _room(length, most_spare)
+            room = spare_room(length, most_spare)
             return self._grow(states, room) if room else self.replace(torch.cat([self.view, states], dim=2))
         if not self._slots:
             self._divide()
@@ -124,7 +121,8 @@ class Tape:
         return self._store is not None and self._store.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def _room(length: int, most: float) -> int:
-    room = int(min(max(64, length // 64), most))
+def spare_room(length: int, most: float) -> int:
+    """How much room to reserve behind ``length`` slots, at most ``most``; none where nothing may be written to it."""
+    room = 0 if torch.is_grad_enabled() else int(min(max(64, length // 64), most))
     # With one slot, every second token would still be copied for.
     return room if room > 1 else 0

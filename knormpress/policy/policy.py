@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field
 from fractions import Fraction
@@ -108,7 +107,8 @@ class Policy:  # noqa: PLW1641 - the dataclass adds __hash__
     @property
     def mean_keep(self) -> float:
         """The keep ratio, or the mean of ``layer_keep_ratios`` if there are any."""
-        return self.keep_ratio if self.layer_keep_ratios is None else statistics.fmean(self.layer_keep_ratios)
+        ratios = self.layer_keep_ratios or (self.keep_ratio,)
+        return math.fsum(ratios) / len(ratios)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; ``Policy(**values)`` is the same policy again."""

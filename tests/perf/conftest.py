@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import math
 import re
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from matplotlib.figure import Figure
 
 from knormpress.measure import pairs
+from knormpress.show.pictures.style import DPI
 from knormpress.stats.intervals import Change, ratio_change
 
 
@@ -23,6 +26,7 @@ class Target(NamedTuple):
     against: str
     reach: float
     change: Change
+    speeds: str
 
 
 _PLACE = re.compile(r"(<!-- targets -->\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -31,7 +35,11 @@ TARGETS = pytest.StashKey[list[Target]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--peers-table", metavar="FILE", help="replace the table of peers in this Markdown file")
-    parser.addoption("--performance-table", metavar="FILE", help="replace the table of targets in this Markdown file")
+    parser.addoption(
+        "--performance-table",
+        metavar="FILE",
+        help="replace the table of targets in this Markdown file, and its pictures",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +65,18 @@ def thorough(pytestconfig: pytest.Config) -> bool:
 
 
 @pytest.fixture
+def picture(pytestconfig: pytest.Config) -> Callable[[str, Figure], None]:
+    """Write a picture beside the page of the table; where none is named, draw it to see that this works."""
+    table = pytestconfig.option.performance_table
+
+    def write(name: str, figure: Figure) -> None:
+        path = io.BytesIO() if table is None else Path(table).parent / "images" / name
+        figure.savefig(path, format="png", dpi=DPI)
+
+    return write
+
+
+@pytest.fixture
 def for_the_table(thorough: bool, quick: bool) -> None:
     """Skip what no gate needs: it is a figure of the table. With ``--knorm-quick`` it is run to see that it works."""
     if not (thorough or quick):
@@ -67,10 +87,12 @@ def for_the_table(thorough: bool, quick: bool) -> None:
 def target(benchmark: Any, request: pytest.FixtureRequest, quick: bool) -> Callable[..., None]:
     """Note a ratio for the table; with ``worst`` it is a gate, which fails if the whole interval is worse than that."""
 
-    def note(what: str, against: str, change: Change, *, reach: float, worst: float = math.inf) -> None:
+    def note(
+        what: str, against: str, change: Change, *, reach: float, worst: float = math.inf, speeds: str = ""
+    ) -> None:
         ratio, low = 1 + change.percent / 100, 1 + change.ends[0] / 100
         benchmark.extra_info.update(what=what, against=against, reach=reach, ratio=round(ratio, 3))
-        request.config.stash[TARGETS].append(Target(what, against, reach, change))
+        request.config.stash[TARGETS].append(Target(what, against, reach, change, speeds))
         # A few short rounds, often without an interval, decide little.
         most = 2 * worst if quick else worst
         assert low <= most, f"{what}: {ratio:.3f} x {against}, at least {low:.3f}; never more than {most} is allowed"
@@ -90,10 +112,21 @@ def collector_paused() -> Iterator[None]:
 
 
 @pytest.fixture
-def in_turn(benchmark: Any) -> Callable[..., Change]:
-    """Time ``candidate`` by pytest-benchmark in turn with ``baseline``; the change of their paired ratios."""
+def in_turn(timed_in_turn: Callable[..., pairs.Pairs[float]]) -> Callable[..., Change]:
+    """The change of the paired ratios that ``timed_in_turn`` measures."""
 
     def measure(baseline: Callable[[], object], candidate: Callable[[], object], *, rounds: int) -> Change:
+        found = timed_in_turn(baseline, candidate, rounds=rounds)
+        return ratio_change(found.baseline, found.candidate)
+
+    return measure
+
+
+@pytest.fixture
+def timed_in_turn(benchmark: Any) -> Callable[..., pairs.Pairs[float]]:
+    """Time ``candidate`` by pytest-benchmark in turn with ``baseline``: pairs of seconds."""
+
+    def measure(baseline: Callable[[], object], candidate: Callable[[], object], *, rounds: int) -> pairs.Pairs[float]:
         def timed(run: Callable[[], object]) -> float:
             start = time.perf_counter()
             run()
@@ -111,7 +144,7 @@ def in_turn(benchmark: Any) -> Callable[..., Change]:
             benchmark.pedantic(run, setup=outside_the_clock, rounds=rounds)
 
         (found,) = pairs.in_turn(collected, lambda: timed(candidate), rounds=rounds, repeat=repeat)
-        return ratio_change(found.baseline, found.candidate)
+        return found
 
     return measure
 
@@ -120,14 +153,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     config = terminalreporter.config
     rows = [
         f"| {t.what} | {t.against} | <= {t.reach:.2f} | {1 + t.change.percent / 100:.2f} | {_interval(t.change)} |"
-        f" {'yes' if 1 + t.change.percent / 100 <= t.reach else 'no'} |"
+        f" {t.speeds} | {'yes' if 1 + t.change.percent / 100 <= t.reach else 'no'} |"
         for t in config.stash[TARGETS]
     ]
     if not rows:
         return
-    table = "\n".join(
-        ["| what | against | reach | measured | interval | met |", "| --- | --- | --- | --- | --- | --- |", *rows]
-    )
+    table = "\n".join(["| what | against | reach | measured | interval | tokens/s | met |", f"|{' --- |' * 7}", *rows])
     terminalreporter.section("targets")
     terminalreporter.write_line(table)
     if config.option.performance_table:

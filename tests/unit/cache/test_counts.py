@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from knormpress import KnormCache, KnormPress
+from knormpress.cache import masks, pruning
+from knormpress.cache.layer import KnormLayer, TokenLog
 from knormpress.cache.score import StoredTokens, key_norms
 from knormpress.measure.operators import OperatorCounter
 from tests.fake_accelerator import DEVICE, AcceleratorTensor, FakeAccelerator
@@ -38,6 +40,13 @@ def model() -> PreTrainedModel:
         max_position_embeddings=1024,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count as where the host would wait for each number that it reads; on a CPU there are fewer operators."""
+    for module in (pruning, masks):
+        monkeypatch.setattr(module, "is_at_hand", lambda tensor: False)
 
 
 @dataclass(frozen=True)
@@ -106,17 +115,19 @@ PADDED = {
 }
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("case", DECODED)
 def test_a_decoded_token_without_padding(model, case):
     _, *decoded = compare(model, DECODED[case], DECODE)
     for ours, full in decoded:
         assert ours.reads - full.reads == bool(ours.pruned)
         # Spare room is made by a copy, as the full cache makes one for each token; here that is once in 9 tokens.
-        assert ours.ops - full.ops <= (4 if ours.copied else 2) * LAYERS + (84 if case == "plan" else 44) * ours.pruned
+        assert ours.ops - full.ops <= (4 if ours.copied else 2) * LAYERS + (82 if case == "plan" else 42) * ours.pruned
     assert sum(ours.copied and not ours.pruned for ours, _ in decoded) < len(decoded) / 3
     assert any(ours.pruned for ours, _ in decoded) == (case != "keep 1.0")
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("case", PADDED)
 def test_a_decoded_token_of_a_padded_batch(model, case):
     _, *decoded = compare(model, PADDED[case], DECODE)
@@ -124,10 +135,11 @@ def test_a_decoded_token_of_a_padded_batch(model, case):
         assert ours.reads - full.reads == bool(ours.pruned)
         if not ours.copied:
             assert ours.ops <= 1.10 * full.ops
-        assert ours.ops - full.ops <= 0.10 * full.ops + 2 * LAYERS + (102 if case == "plan" else 62) * ours.pruned
+        assert ours.ops - full.ops <= 0.10 * full.ops + 2 * LAYERS + (106 if case == "plan" else 60) * ours.pruned
     assert any(ours.pruned for ours, _ in decoded)
 
 
+@pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(("case", "most"), [("keep 0.5", 36), ("8 rows", 36), ("plan", 66)])
 def test_a_prefill_in_chunks(model, case, most):
     (ours, full), *chunks = compare(model, DECODED[case], CHUNKS)
@@ -137,10 +149,11 @@ def test_a_prefill_in_chunks(model, case, most):
         assert ours.pruned == LAYERS - 1
         assert ours.reads - full.reads == 2  # what the mask hides, too
         # On a CPU, attention to past and new tokens in two parts is 13 operators more than one with a mask.
-        assert ours.ops - full.ops <= 13 * LAYERS + (4 + most) * ours.pruned
+        assert ours.ops - full.ops <= 13 * LAYERS + (10 + most) * ours.pruned
 
 
-@pytest.mark.parametrize(("case", "most"), [("three rows", 68), ("8 rows", 68), ("plan", 97)])
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(("case", "most"), [("three rows", 76), ("8 rows", 76), ("plan", 106)])
 def test_a_padded_prefill_in_chunks(model, case, most):
     (ours, full), *chunks = compare(model, PADDED[case], CHUNKS)
     assert ours.reads - full.reads == 3  # what the mask hides, which tokens are padding, and whether scores are finite
@@ -148,6 +161,22 @@ def test_a_padded_prefill_in_chunks(model, case, most):
     for ours, full in chunks:
         assert ours.reads - full.reads == 2
         assert ours.ops - full.ops <= most * ours.pruned
+
+
+@pytest.mark.parametrize("passes", [[2_000], [2_000] + [1] * 200], ids=["behind a prompt", "while decoding"])
+def test_the_bytes_of_one_prune_and_of_the_token_behind_it(passes):
+    """Each kept byte is read and written once, and the keys are read to be ranked: as much again, at keep 0.5.
+
+    The token behind it finds room for itself. To make it then would read and write each kept byte once more.
+    """
+    layer = KnormLayer(1, press(prune_interval=100), 0.5, key_norms, TokenLog())
+    with torch.no_grad(), OperatorCounter(torch.device("cpu")) as counter:
+        for size in [*passes, 1]:
+            states = [torch.randn(1, 2, size, 64) for _ in range(2)]
+            before, kept = counter.take().moved, 2 * layer.keys.nbytes if layer.seen else 0
+            layer.update(*states)
+    assert layer.seen - layer.pruned_at == 1
+    assert before + counter.take().moved < 3.5 * kept
 
 
 _READS = ["item", "tolist", "numpy", "cpu", "nonzero", "unique", "masked_select", "equal"]

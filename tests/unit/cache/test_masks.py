@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers.integrations import flex_attention
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from knormpress import KnormCache, KnormError, KnormPress
-from knormpress.cache.masks import dense_mask, flex_mask, real_tokens
+from knormpress.cache.masks import SharedMask, dense_mask, flex_mask, real_tokens
 from tests.oracle import assert_equal_to_masking, position_ids, run_masked, run_pruned
 from tests.strategies import left_padding, tiny_model, tokens
 
@@ -99,6 +100,32 @@ def test_a_flash_mask_may_hide_what_was_seen_while_nothing_is_pruned(flash_model
             flash_model(ids[:, :16], past_key_values=cache)
             logits.append(flash_model(ids[:, 16:], attention_mask=hiding, past_key_values=cache).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("is_one_more_hidden", [False, True])
+def test_a_mask_of_padding_alone_is_one_for_all_heads(new, is_one_more_hidden):
+    """It says what gathering it for each head says; a mask that hides one token more is gathered."""
+    seen, since = 30, 24
+    real = left_padding(seen, 0, 7, 16).bool()
+    mask = torch.ones(new, seen + new, dtype=torch.bool).tril(seen)[None, None].repeat(3, 1, 1, 1)
+    mask[..., :seen] &= real[:, None, None]
+    # Rows keep 8, 8 and 4 of their tokens before ``since``, other ones in each head.
+    kept = torch.zeros(3, 2, 1, 8, dtype=torch.int32)
+    for row, (left, count) in enumerate([(0, 8), (7, 8), (16, 4)]):
+        for head in range(2):
+            kept[row, head, 0, -count:] = 1 + left + torch.randperm(since - left)[:count].sort().values
+    if is_one_more_hidden:
+        mask[0, ..., kept[0, 0, 0, -1] - 1] = False
+    shared = SharedMask.read(mask, seen, new, sdpa=True, real=real)
+    assert shared.padded != is_one_more_hidden
+    own, gathered = (
+        each.of(kept, since=since, groups=2, holes=True) for each in (shared, replace(shared, padded=False, _parts={}))
+    )
+    assert own.shape[1] == (4 if is_one_more_hidden else 1)
+    assert gathered.shape == (3, 4, new, 8 + seen - since + new)
+    assert torch.equal(own.expand_as(gathered), gathered)
+    assert not own[2, ..., :4].any()
 
 
 def emulated_flex(query, key, value, *, block_mask, scale, **_):

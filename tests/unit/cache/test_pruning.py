@@ -14,6 +14,7 @@ from knormpress.cache.layer import KnormLayer, TokenLog
 from knormpress.cache.pruning import budget, gather, select
 from knormpress.cache.score import key_norms
 from knormpress.policy.policy import Policy
+from tests.fake_accelerator import CPU, DEVICE, FakeAccelerator
 from tests.strategies import held
 
 # Few distinct values, so that ties are the rule.
@@ -30,8 +31,10 @@ def reference(row: list[float], kept: int, real: list[bool], recent: int) -> lis
     return sorted((forced[-kept:] + others)[:kept]) if kept else []
 
 
+@pytest.mark.parametrize("device", [CPU, DEVICE], ids=str)
 @given(rows=tied_scores, data=st.data())
-def test_selects_the_lowest_and_breaks_ties_by_age(rows, data):
+def test_selects_the_lowest_and_breaks_ties_by_age(device, rows, data):
+    """On the CPU, and on an accelerator, where other functions find them; a stand-in for one."""
     scores = torch.tensor(rows, dtype=torch.float32)[:, None]
     n = scores.shape[-1]
     real = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in rows]
@@ -39,7 +42,11 @@ def test_selects_the_lowest_and_breaks_ties_by_age(rows, data):
         row[data.draw(st.integers(0, n - 1))] = True
     recent = data.draw(st.integers(0, 3))
     budgets = [data.draw(st.integers(min(max(1, recent), sum(row)), sum(row))) for row in real]
-    slots = select(scores, budgets, real=torch.tensor(real)[:, None], keep_recent=recent)
+    with FakeAccelerator() as there:
+        scores, is_real = (
+            each if device == CPU else there.place(each) for each in (scores, torch.tensor(real)[:, None])
+        )
+        slots = select(scores, budgets, real=is_real, keep_recent=recent).cpu()
     assert slots.shape == (len(rows), 1, max(budgets))
     for row, kept, is_real, found in zip(rows, budgets, real, slots[:, 0].tolist(), strict=True):
         assert found[: max(budgets) - kept] == [-1] * (max(budgets) - kept)

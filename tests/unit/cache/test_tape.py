@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knormpress.cache.tape import Tape
+from knormpress.cache.tape import Tape, spare_room
 
 
 @torch.no_grad()
@@ -108,12 +108,8 @@ def test_gradients_flow_through_what_is_stored():
 
 
 @torch.no_grad()
-def test_a_tape_that_grows_keeps_room_and_goes_on_in_it():
-    tape = Tape()
-    tape.append(torch.randn(1, 2, 100, 4))
-    assert tape.spare(50, 64) == 0
-    tape.append(torch.randn(1, 2, 1, 4))
-    room = tape.spare(50, 9)
+def test_what_is_held_with_room_goes_on_in_it():
+    tape, room = Tape(), spare_room(50, 9)
     assert room == 9
     store = torch.randn(1, 2, 50 + room, 4)
     assert torch.equal(tape.hold(store, 50), store[:, :, :50])
@@ -122,6 +118,12 @@ def test_a_tape_that_grows_keeps_room_and_goes_on_in_it():
         assert torch.equal(tape.append(new, 9)[:, :, -1:], new)
         assert (tape.length, tape.view.data_ptr()) == (slots, store.data_ptr())
     assert tape.append(torch.randn(1, 2, 1, 4), 9).data_ptr() != store.data_ptr()
+
+
+def test_no_room_is_made_where_nothing_may_be_written_to_it():
+    assert spare_room(5_000, 100) == 0  # a backward pass may need what is stored
+    with torch.no_grad():
+        assert [spare_room(5_000, most) for most in (0, 1, 2, 100)] == [0, 0, 2, 78]
 
 
 @torch.no_grad()

@@ -166,7 +166,7 @@ def test_on_several_devices_a_clock_waits_for_each(
 
 
 def test_on_several_devices_the_memory_of_each_is_read(two_devices: TwoDevices) -> None:
-    memory = measure_memory(two_devices.split(tiny_model(dtype=torch.float32)), PRESS, tokens(200, seed=5))
+    (memory,) = measure_memory(two_devices.split(tiny_model(dtype=torch.float32)), [PRESS], tokens(200, seed=5))
     of_cpu, of_device = memory.candidate_device
     assert of_cpu.name.startswith("process peak RSS")
     assert of_cpu.name.endswith(" (cpu)")
