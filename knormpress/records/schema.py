@@ -31,7 +31,7 @@ SCHEMA_VERSION: Final = 2
 
 
 class Environment(Strict):
-    """The machine and the software of a measurement."""
+    """The machine and the software of a measurement; ``node`` is the machine's name in a cluster, None outside of one."""
 
     knormpress: str
     python: str
@@ -44,6 +44,7 @@ class Environment(Strict):
     threads: int
     git_commit: str | None
     git_dirty: bool | None
+    node: str | None = None
 
 
 class ModelInfo(Strict):
