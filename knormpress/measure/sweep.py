@@ -144,7 +144,7 @@ def measure_length(
     settings = _with_plan(settings, bench, progress)
     _check_presses(settings, bench)
     wanted = _cells(settings, bench, prompt_tokens)
-    steps = Steps(settings.effort, len(tasks_of(settings.effort)), [len(wanted)], progress, _LOADING)
+    steps = Steps(settings.effort, len(tasks_of(settings.effort)), [len(wanted)], progress, "preparing the texts")
     return list(_measure(settings, bench, wanted, _stored(settings, known), steps))
 
 

@@ -31,7 +31,7 @@ SCHEMA_VERSION: Final = 2
 
 
 class Environment(Strict):
-    """The machine and the software of a measurement; ``node`` is the machine's name in a cluster, None outside of one."""
+    """The machine and the software of a measurement; ``node`` is the machine's name in a cluster, and None outside."""
 
     knormpress: str
     python: str
