@@ -65,6 +65,9 @@ def run_on_cluster(
     """
     from knormpress.workload.corpora import load_corpus
 
+    for name in settings.source.device:
+        if ":" in name:
+            raise KnormError(f"device is {name}, but Ray gives out the devices; use {name.partition(':')[0]}")
     progress = progress or Progress()
     results = Results(path, fresh=fresh, progress=progress)
     corpus = load_corpus(settings.source.corpus)
@@ -144,34 +147,36 @@ class _Driver:
     def _start(self, running: dict[Any, tuple[Device, _Length]]) -> None:
         """Give each free device a length; one that gets none is given back to the cluster."""
         devices = devices_of(self.ray.nodes())
+        if not running:
+            self._expect_devices(devices)
         busy = {device for device, _ in running.values()}
         for device in (device for device in devices if device not in busy):
-            length = next((length for length in self.waiting if self._suits(device, length, devices)), None)
+            length = next((length for length in self.waiting if device in self._suitable(length, devices)), None)
             if length is not None:
                 self.waiting.remove(length)
                 self.progress.step(*self._steps(), f"{device.node}: {length}")
                 running[self._measure(device, length)] = device, length
             elif device in self.workers:
                 self.ray.kill(self.workers.pop(device))
-        if not running:
-            names = ", ".join(sorted({device.node for device in devices})) or "none with CPUs"
-            what = "GPU" if _wants_gpu(self.waiting[0].device, devices) else "node with CPUs"
-            raise KnormError(
-                f"device is {self.waiting[0].device}, but the cluster has no {what}; its nodes: {names}; add one with "
-                "ray start, or name another device"
-            )
 
-    def _suits(self, device: Device, length: _Length, devices: Sequence[Device]) -> bool:
-        """Whether it is a device of the right kind; where a node has measured some of the cells, one of that node."""
-        if _wants_gpu(length.device, devices) != bool(device.gpus):
-            return False
+    def _expect_devices(self, devices: Sequence[Device]) -> None:
+        for length in self.waiting:
+            if not self._suitable(length, devices):
+                names = ", ".join(sorted({device.node for device in devices})) or "none"
+                what = "GPU" if _wants_gpu(length.device, devices) else "node with CPUs"
+                raise KnormError(
+                    f"device is {length.device}, but the cluster has no {what}; its nodes: {names}; add one with ray "
+                    "start, or name another device"
+                )
+
+    def _suitable(self, length: _Length, devices: Sequence[Device]) -> list[Device]:
+        """The devices of the right kind; where a node of them has measured some of the cells, those of that node."""
+        gpu = _wants_gpu(length.device, devices)
+        fitting = [device for device in devices if bool(device.gpus) == gpu]
         kind = "" if length.device == "auto" else length.device
-        homes = {
-            record.environment.node
-            for record in self._known(length)
-            if record.environment.device.startswith(kind) and not self.lost[length]
-        } & {device.node for device in devices}
-        return not homes or device.node in homes
+        places = [record.environment for record in self._known(length)]
+        homes = {place.node for place in places if place.device.startswith(kind) and not self.lost[length]}
+        return [device for device in fitting if device.node in homes] or fitting
 
     def _known(self, length: _Length) -> list[Record]:
         return [record for record in self.results.known if record.conditions.prompt_tokens == length.prompt_tokens]

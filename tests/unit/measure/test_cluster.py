@@ -90,6 +90,12 @@ def test_an_address_that_does_not_answer_is_told_of(settings: SweepSettings, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_device_by_number_is_refused(settings: SweepSettings, tmp_path: Path) -> None:
+    numbered = replace(settings, source=replace(settings.source, device=("cpu", "cuda:1")))
+    with pytest.raises(KnormError, match=r"cuda:1.* use cuda$"):
+        run_on_cluster(numbered, tmp_path / "results.jsonl", address="local")
+
+
 @pytest.fixture(scope="module")
 def settings(model_folder: Path) -> SweepSettings:
     return SweepSettings(
@@ -184,7 +190,7 @@ class TestOnCluster:
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            ({"device": ("cuda",)}, "no GPU.*first, second"),
+            ({"device": ("cpu", "cuda")}, "no GPU.*first, second"),
             ({"model": "no/such/model"}, "(first|second): .*no/such/model"),
         ],
     )
