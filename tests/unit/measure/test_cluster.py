@@ -190,7 +190,7 @@ class TestOnCluster:
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            ({"device": ("cpu", "cuda")}, "no GPU.*first, second"),
+            ({"device": ("cpu", "cuda")}, "^device is cuda, .*no GPU.*first, second"),
             ({"model": "no/such/model"}, "(first|second): .*no/such/model"),
         ],
     )
@@ -230,7 +230,7 @@ class TestOnCluster:
         words |= {"tasks": "none", "samples": 1, "rounds": 1, "seconds": 0, "ray": nodes.address}
         sweep = ["sweep", *(word for name, value in words.items() for word in (f"--{name}", str(value)))]
         driver = subprocess.Popen([sys.executable, "-m", "knormpress", *sweep], stderr=subprocess.PIPE, text=True)
-        limit = time.monotonic() + 240
+        limit = time.monotonic() + 600
         while not path.exists() and driver.poll() is None and time.monotonic() < limit:
             time.sleep(0.05)
         driver.send_signal(stop)
@@ -239,6 +239,7 @@ class TestOnCluster:
             assert driver.returncode == 130
             assert errors.splitlines()[-1].startswith(f"stopped: finished cells are kept in {path}")
             assert "Traceback" not in errors
+        assert path.exists(), errors
         before = list(read_records(path))
         assert 1 <= len(before) < 3
         # Workers that were left would hold the CPUs, and these would wait for ever.
