@@ -43,21 +43,27 @@ def _again(fresh: bool) -> str:
     return "the same command without --fresh" if fresh else "the same command"
 
 
-def measure_cells(candidates: Candidates, effort: Effort, source: Source, path: Path, *, fresh: bool) -> list[Record]:
+def measure_cells(
+    candidates: Candidates, effort: Effort, source: Source, path: Path, *, fresh: bool, ray: str | None = None
+) -> list[Record]:
     """The records of a sweep, measured now or earlier.
 
     Args:
         candidates, effort, source: see ``measure.sweep.SweepSettings``.
         path, fresh: see ``measure.sweep.run``.
+        ray: the address of a Ray cluster to measure on, see ``measure.cluster.run_on_cluster``; None for this process.
 
     Raises:
         Stopped: the user stopped the command.
     """
+    from knormpress.measure.cluster import run_on_cluster
     from knormpress.measure.sweep import SweepSettings, run
 
     settings = SweepSettings(candidates, effort, source)
     stopped = f"finished cells are kept in {path}, and {_again(fresh)} continues from there"
     with _stoppable(stopped), TerminalProgress() as progress:
+        if ray is not None:
+            return run_on_cluster(settings, path, address=ray, fresh=fresh, progress=progress)
         return list(run(settings, path, fresh=fresh, progress=progress))
 
 

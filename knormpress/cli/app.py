@@ -97,6 +97,10 @@ def sweep(
     cost: Cost = False,
     output: Output = _RESULTS,
     fresh: Fresh = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Measure on a Ray cluster: local, auto, or HOST:PORT of its head. See docs/cluster.md."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare keep ratios with the full cache.
@@ -110,13 +114,14 @@ def sweep(
       knormpress sweep --keep-ratios 0.9,0.5 --samples 2 --skip-layers none
       knormpress sweep --keep-ratios 1.0,0.7,0.5 --prompt-tokens 512,2048,8000
       knormpress sweep --method random --keep-ratios 0.7 --output results-random
+      knormpress sweep --prompt-tokens 512,2048,8000 --ray auto
     """
     from knormpress.records.checks import sound
     from knormpress.show.sweep_table import print_tables
 
     path = output / _SWEEP_FILE
     effort = replace(effort.quick() if quick else effort, cost=cost)
-    records = measure_cells(candidates, effort, source, path, fresh=fresh)
+    records = measure_cells(candidates, effort, source, path, fresh=fresh, ray=ray)
     if as_json:
         for record in records:
             typer.echo(record.model_dump_json())

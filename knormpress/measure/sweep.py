@@ -15,10 +15,9 @@ Changes without a commit are not noticed: use ``fresh`` after them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.errors import KnormError
-from knormpress.files import make_folder
 from knormpress.measure.cost import can_count, count_full_prefill, measure_cost
 from knormpress.measure.latency import cold_ttft, measure_latency, weights_tpot
 from knormpress.measure.memory import measure_memory
@@ -41,8 +39,8 @@ from knormpress.policy.plan import shipped_plan
 from knormpress.progress import Progress
 from knormpress.records.figures import Cost, Latency, Memory, Quality
 from knormpress.records.git import tree
-from knormpress.records.jsonl import read_records, store_record
 from knormpress.records.plan import read_plan
+from knormpress.records.results import Results
 from knormpress.records.retrieval import Retrieval
 from knormpress.records.schema import Conditions, Environment, MethodInfo, ModelInfo, Record, TextInfo
 from knormpress.workload.bench import Bench
@@ -51,7 +49,7 @@ from knormpress.workload.devices import resolve
 from knormpress.workload.tasks.draw import LENGTHS
 from knormpress.workload.tasks.haystack import DEFAULT_TASKS, Haystack, haystacks, named_tasks
 
-__all__ = ["SweepSettings", "run", "tasks_of"]
+__all__ = ["SweepSettings", "measure_length", "run", "tasks_of"]
 
 _LOADING = "loading the model"
 _LEAST_SCORED = 32
@@ -106,10 +104,8 @@ def run(
         KnormError: the file, a device, the model or the text can't be used; the file is unchanged.
     """
     progress = progress or Progress()
-    make_folder(path.parent)
-    known = [] if fresh or not path.exists() else read_records(path)
-    # A cell without counted cost is measured again where that is wanted and possible.
-    stored = {_key(record): record for record in known if record.cost or not settings.effort.cost or _reuses(record)}
+    results = Results(path, fresh=fresh, progress=progress)
+    stored = _stored(settings, results.known)
     # "cpu" and "cpu:0" are the same device.
     named = {(device.type, device.index or 0): device for device in map(resolve, settings.source.device)}
     devices = [settings.source.device_map] if settings.source.device_map else named.values()
@@ -117,7 +113,6 @@ def run(
     if corpus.notice:
         progress.say(corpus.notice)
     steps = None
-    new_name = _free_name(path) if fresh and path.exists() else None
     for device in devices:
         steps.begin(_LOADING) if steps else progress.step(0, 1, _LOADING)
         bench = Bench.open(settings.source.model, corpus, device=device, dtype=settings.source.dtype)
@@ -130,14 +125,34 @@ def run(
         for wanted in cells:
             records = _measure(settings, bench, wanted, stored, steps)
             for record in records:
-                if _key(record) in stored:
-                    continue
-                if new_name is not None:
-                    path.rename(new_name)
-                    progress.say(f"the earlier results are now in {new_name}")
-                    new_name = None
-                store_record(path, record, progress)
+                if _key(record) not in stored:
+                    results.add(record)
             yield from records
+
+
+def measure_length(
+    settings: SweepSettings, bench: Bench, prompt_tokens: int, known: Iterable[Record], progress: Progress
+) -> list[Record]:
+    """What ``run`` does for one device and one prompt length, without a file: measure the cells that are not ``known``.
+
+    Args:
+        settings: the grid that the length is one of.
+        bench: the model on the device, and the text.
+        prompt_tokens: the length.
+        known: finished cells, of this grid or of others.
+        progress: gets every step.
+
+    Returns:
+        The record of every cell, new or among ``known``, in the order of the policies.
+
+    Raises:
+        KnormError: the model or the text can't be used for this length.
+    """
+    settings = _with_plan(settings, bench, progress)
+    _check_presses(settings, bench)
+    wanted = _cells(settings, bench, prompt_tokens)
+    steps = Steps(settings.effort, len(tasks_of(settings.effort)), [len(wanted)], progress, "preparing the texts")
+    return _measure(settings, bench, wanted, _stored(settings, known), steps)
 
 
 class _Cell(NamedTuple):
@@ -331,6 +346,11 @@ def _scored_tokens(effort: Effort, bench: Bench, prompt_tokens: int) -> int:
 _Key = tuple[Environment, str, str, str, MethodInfo, Conditions]
 
 
+def _stored(settings: SweepSettings, known: Iterable[Record]) -> dict[_Key, Record]:
+    """The finished cells. One without counted cost is measured again where that is wanted and possible."""
+    return {_key(record): record for record in known if record.cost or not settings.effort.cost or _reuses(record)}
+
+
 def _key(record: Record) -> _Key:
     return _key_of(record.environment, record.model, record.text, record.policy, record.conditions)
 
@@ -339,10 +359,10 @@ def _key_of(
     environment: Environment, model: ModelInfo, text: TextInfo, policy: MethodInfo, conditions: Conditions
 ) -> _Key:
     # Writing results can make a git tree dirty, and the same weights and text can have different names.
-    # A commit that changes no file changes no measurement.
+    # A commit that changes no file changes no measurement, and nor does another node of the same kind.
     commit = environment.git_commit
     code = None if commit is None else tree(commit) or commit
-    clean = environment.model_copy(update={"git_dirty": None, "git_commit": code})
+    clean = environment.model_copy(update={"git_dirty": None, "git_commit": code, "node": None})
     return clean, model.fingerprint, model.dtype, text.sha256, policy, conditions
 
 
@@ -383,9 +403,3 @@ def _check_presses(settings: SweepSettings, bench: Bench) -> None:
                 f"skip_layers {press.skip_layers} names every layer of {bench.model_info.name}, so nothing would be "
                 "pruned; skip fewer layers"
             )
-
-
-def _free_name(path: Path) -> Path:
-    """The first of results.1.jsonl, results.2.jsonl, ... that does not exist."""
-    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
-    return next(name for name in names if not name.exists())

@@ -31,7 +31,7 @@ SCHEMA_VERSION: Final = 2
 
 
 class Environment(Strict):
-    """The machine and the software of a measurement.
+    """The machine and the software of a measurement; ``node`` is the machine's name in a cluster, and None outside.
 
     A model that is spread over several devices has a ``device_map``, see ``workload.devices.describe_map``; ``device``
     and ``device_name`` then name all of them.
@@ -48,6 +48,7 @@ class Environment(Strict):
     threads: int
     git_commit: str | None
     git_dirty: bool | None
+    node: str | None = None
     device_map: str | None = None
 
     @property

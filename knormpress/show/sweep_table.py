@@ -75,7 +75,7 @@ def _heading(records: Sequence[Record]) -> Text:
         f"KnormPress: {policy.method}, prune_after {policy.prune_after:,}, skip_layers {skipped}, {policy.schedule}",
         f"model    {record.model.name}, {record.model.dtype}",
         f"text     {record.text.name}",
-        f"device   {environment.device} ({environment.device_name}), threads: {environment.threads}",
+        f"device   {environment.device} ({environment.device_name}), threads: {environment.threads}{_nodes(records)}",
         *([] if environment.device_map is None else [f"map      {environment.device_map}"]),
         f"timing   {prompt}, pairs of runs: {' to '.join(dict.fromkeys((str(min(pairs)), str(max(pairs)))))}",
         f"quality  {conditions.samples:,} samples: {conditions.scored_tokens:,} tokens scored after {context:,}",
@@ -83,6 +83,12 @@ def _heading(records: Sequence[Record]) -> Text:
         f"cache    {_megabytes(records[0].memory.baseline_cache_bytes)} MB when nothing is pruned{_then(records[0])}",
     ]
     return Text(lines[0], style="bold").append("\n" + "\n".join(lines[1:]), style="not bold")
+
+
+def _nodes(records: Sequence[Record]) -> str:
+    """Where they were measured in a cluster."""
+    names = dict.fromkeys(record.environment.node for record in records if record.environment.node)
+    return f", node: {', '.join(names)}" if names else ""
 
 
 def _retrieval(records: Sequence[Record]) -> list[str]:

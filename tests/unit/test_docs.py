@@ -140,7 +140,7 @@ def check_command(words: list[str], parser: pytest.Parser) -> None:
         assert set(extras) <= set(PROJECT["optional-dependencies"]), f"not all of {extras} are extras"
     elif program.startswith("tests."):
         assert (ROOT / program.replace(".", "/")).with_suffix(".py").exists(), f"there is no {program}"
-    elif program not in ("venv", "cat"):
+    elif program not in ("venv", "cat", "ray", "srun"):
         raise AssertionError(f"nothing here knows how to check {program}")
 
 
@@ -226,11 +226,11 @@ class Shown(NamedTuple):
 
 
 def shown_runs(path: Path) -> list[Shown]:
-    """The `knormpress` commands and the guide's scripts of a page, except those about stored runs and own tests."""
+    """The `knormpress` commands and the guide's scripts of a page, but for stored runs, own tests and clusters."""
     found = []
     for line in (line for block in of(path, "bash") for line in block.text.replace("\\\n", " ").splitlines()):
         for arguments in filter(None, map(knormpress_arguments, commands(line))):
-            if arguments[0] not in ("compare", "accept", "rename", "selftest"):
+            if arguments[0] not in ("compare", "accept", "rename", "selftest") and "--ray" not in arguments:
                 found.append(Shown(arguments, "PYTHONPATH=. " in line))
     return found
 

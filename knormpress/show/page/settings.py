@@ -103,6 +103,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         ("Device", environment.place),
         ("Threads", f"{environment.threads}"),
         ("Platform", f"{environment.platform}, {environment.processor}"),
+        *([("Node", environment.node)] if environment.node else []),
         ("Python", environment.python),
         ("torch", environment.torch),
         ("transformers", environment.transformers),
