@@ -420,7 +420,7 @@ def selftest(
         blind |= found.word == "blind"
         typer.echo(f"{found.word:13}{found.loss}")
         for test, why in found.why.items():
-            typer.echo(textwrap.fill(f"{test}: {why or 'passed'}", 80, initial_indent=indent, subsequent_indent=indent))
+            typer.echo(textwrap.fill(f"{test}: {why}", 80, initial_indent=indent, subsequent_indent=indent))
     if blind:
         raise typer.Exit(1)
 

@@ -74,7 +74,9 @@ def selftest(tests: str, say: Callable[[str], None]) -> Iterator[Noticed]:
             if failed:
                 yield Noticed(loss.title, "caught", failed)
             elif unseen:
-                yield Noticed(loss.title, "blind", unseen)
+                moved = _moved(folder)
+                said = {test: f"{why or 'passed'}: {moved.get(test, 'unmoved')}" for test, why in unseen.items()}
+                yield Noticed(loss.title, "blind", said)
             else:
                 yield Noticed(loss.title, "not planted", {test: why for test, (_, why) in told.items()})
 
@@ -86,6 +88,25 @@ def _measures(folder: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for entry in History.read(folder).entries:
         found.setdefault(entry.test, set()).update(kind for kind in _KINDS if getattr(entry, kind) is not None)
+    return found
+
+
+def _moved(folder: Path) -> dict[str, str]:
+    """By how much each test's figures of the newest run differ from those of the sound ones, in words."""
+    from knormpress.compare.stored import judge_newest
+    from knormpress.compare.verdicts import THRESHOLDS
+    from knormpress.records.history import History
+
+    found: dict[str, str] = {}
+    for verdict in judge_newest(History.read(folder), THRESHOLDS):
+        changes = [(finding.metric, finding.change) for finding in verdict.findings if finding.change is not None]
+        figures = [
+            f"{metric} {change}" if change.low == change.high else f"{metric} {change} ({change.interval})"
+            for metric, change in changes
+            if change.ends != (0.0, 0.0)
+        ]
+        if figures:
+            found[verdict.test] = ", ".join(figures)
     return found
 
 

@@ -311,7 +311,7 @@ def _count(before: Cost, now: Cost, name: Counted, threshold: float) -> Finding:
     phases: tuple[Phase, ...] = get_args(Phase)
     for phase in phases:
         old, new = before.candidate(phase, name), now.candidate(phase, name)
-        shown = _pair(f"{phase} {figure:,.6g}" for figure in (old, new))
+        shown = f"{phase} {old:,.6g}", f"{new:,.6g}"
         if new > old == 0:
             found = Finding(name, "regressed", shown, None, f"was 0, now {new:,.6g}")
         else:

@@ -22,7 +22,7 @@ from knormpress.cache.cache import KnormCache
 from knormpress.cache.hooks import is_attention
 from knormpress.errors import KnormError
 from knormpress.measure.operators import OperatorCounter
-from knormpress.measure.prefill import decode, prefill
+from knormpress.measure.prefill import decode, expect_within_policy, prefill
 from knormpress.methods.full import FullCache
 from knormpress.methods.method import Method, caches_of
 from knormpress.policy.policy import Policy, share
@@ -84,7 +84,8 @@ def measure_cost(
         prefill_chunk: the most tokens in one forward pass; None sends the prompt in one pass.
 
     Raises:
-        KnormError: the prompt is empty, ``new_tokens`` is below 1, or the model is compiled.
+        KnormError: the prompt is empty, ``new_tokens`` is below 1, or the model is compiled; or the cache does not keep
+            to its policy while decoding.
     """
     if not can_count(model):
         raise KnormError("compiled code, as of flex attention, can't be counted; load the model with sdpa or eager")
@@ -98,6 +99,8 @@ def measure_cost(
         own = _prefill(model, prompt, new_cache, prefill_chunk)
         _extend(model, own.cache, prompt, before)
         decoded = _decode(model, own, tokens=counted)
+        # To do without a pruning costs less, but not for long.
+        expect_within_policy(method, own.cache)
     longer = copy.deepcopy(full.cache)
     _extend(model, longer, prompt, before)
     return Cost(

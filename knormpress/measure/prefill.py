@@ -21,9 +21,19 @@ from knormpress.cache.layer import KnormLayer
 from knormpress.cache.score import Score
 from knormpress.errors import KnormError
 from knormpress.methods.method import Method, caches_of, describe_method
-from knormpress.policy.policy import Policy
+from knormpress.policy.policy import Policy, share
 
-__all__ = ["Way", "begun", "can_be_reused", "decode", "expect_pruned", "filled_cache", "prefill", "slots_of"]
+__all__ = [
+    "Way",
+    "begun",
+    "can_be_reused",
+    "decode",
+    "expect_pruned",
+    "expect_within_policy",
+    "filled_cache",
+    "prefill",
+    "slots_of",
+]
 
 
 @dataclass(frozen=True)
@@ -209,3 +219,26 @@ def expect_pruned(method: Method, policy: Policy | None, cache: Cache, full: lis
         f"{policy.keep_ratio}, prune_after {policy.prune_after}, skip_layers {policy.skip_layers}; use a longer text "
         "or a smaller prune_after"
     )
+
+
+def expect_within_policy(method: Method, cache: Cache) -> None:
+    """Check that each layer of a ``KnormCache`` holds at most an interval more than its budget.
+
+    A cache that is pruned behind the prompt alone passes that bound while decoding. An iterative policy has none.
+
+    Args:
+        method: made the cache.
+        cache: the cache, filled; one of another kind is not checked.
+
+    Raises:
+        KnormError: a layer holds more.
+    """
+    for layer in cache.layers:
+        if not isinstance(layer, KnormLayer) or layer.press.schedule != "proportional" or layer.ratio == 1.0:
+            continue
+        most = max(share(layer.ratio, layer.seen), layer.press.keep_recent) + layer.press.prune_interval - 1
+        if layer.seen > layer.press.prune_after and layer.stored > most:
+            raise KnormError(
+                f"layer {layer.index} of {describe_method(method)} holds {layer.stored:,} tokens of {layer.seen:,}, "
+                f"and its policy at most {most:,}; check that the method prunes while decoding"
+            )

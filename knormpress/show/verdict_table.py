@@ -6,12 +6,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from knormpress.compare.verdicts import Verdict, worst
+from knormpress.compare.verdicts import THRESHOLDS, Verdict, worst
 
 __all__ = ["count_words", "fill", "verdict_lines", "verdict_markdown", "worst_first"]
 
 _WIDTH = 80
 _INDENT = " " * 13
+_METRIC = max(map(len, THRESHOLDS)) + 1
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -22,11 +23,11 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield from textwrap.wrap(verdict.reason, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
         for finding in verdict.findings:
             change = "" if finding.change is None else f"  {finding.change} ({finding.change.interval})"
-            line = f"{_INDENT}{finding.metric:<11}{finding.word:<13}{' -> '.join(finding.figures)}"
+            line = f"{_INDENT}{finding.metric:<{_METRIC}}{finding.word:<13}{' -> '.join(finding.figures)}"
             if len(line + change) <= _WIDTH:
                 yield line + change
             else:
-                yield from (line, f"{_INDENT}{' ' * 24}{change.strip()}")
+                yield from (line, f"{_INDENT}{' ' * (_METRIC + 13)}{change.strip()}")
 
 
 def verdict_markdown(verdicts: Sequence[Verdict]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def test_losses_that_are_seen_and_gates_that_are_blind(
         "caught       a full cache under the method's name",
     ]
     assert "             test_it.py::test_bytes[cpu-0.5]: regressed: bytes +5" in out
-    assert "             test_it.py::test_loose[cpu-0.5]: passed" in out
+    assert "             test_it.py::test_loose[cpu-0.5]: passed: " in out
+    # By how much, so that it can be told which threshold would see it.
+    assert re.search(r"passed:[^:]* host_reads \+\d", out)
     assert "             no test measures: latency" in out
     assert "left out, as it fails without a loss: test_it.py::test_broken[cpu-0.5]: " in err
     assert not Path(".benchmarks").exists()

@@ -299,6 +299,8 @@ def test_a_fault_that_costs_something_is_named(
     before = cost(**how)
     assert named(before, cost(**how)) == {}
     monkeypatch.setattr(place, name, fault)
+    # A cache of one's own is not asked whether it keeps to a policy.
+    monkeypatch.setattr(counting, "expect_within_policy", lambda *_: None)
     found = named(before, cost(**how))
     assert metrics <= found.keys()
     assert all(phase in found[metric] for metric in metrics)
@@ -309,8 +311,11 @@ def test_a_cache_that_never_prunes_while_decoding_has_grown(monkeypatch: pytest.
     monkeypatch.setattr(layer, "budget", not_while_decoding)
     with pytest.raises(KnormError, match="holds 80 tokens of 100, and its policy at most 57"):
         measure_memory(tiny_model(), [PRESS], tokens(40), decoded_tokens=60)
+    # Counting needs no reference either, nor more tokens than it counts.
+    with pytest.raises(KnormError, match=r"holds \d+ tokens of \d+, and its policy at most \d+"):
+        cost()
     # A policy without such a bound, and a cache of one's own, are compared with their past.
-    monkeypatch.setattr("knormpress.measure.memory._check_grown", lambda *_: None)
+    monkeypatch.setattr("knormpress.measure.memory.expect_within_policy", lambda *_: None)
     (grown,) = measure_memory(tiny_model(), [PRESS], tokens(40), decoded_tokens=60)
     first, second = (make_entry(parts=("memory",)).model_copy(update={"memory": each}) for each in (sound, grown))
     found = {finding.metric: finding.word for finding in judge([first], [second], THRESHOLDS, "").findings}

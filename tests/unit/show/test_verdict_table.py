@@ -20,6 +20,7 @@ def test_the_worst_comes_first_with_every_figure() -> None:
     assert lines[0] == "1 regressed, 1 ok"
     assert lines[1].split() == ["regressed", "tests/test_x.py::test_x"]
     assert max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines} >= THRESHOLDS.keys()
     page = verdict_markdown(verdicts)
     assert "| regressed | tests/test_x.py::test_x |" in page
     assert page.count("| tests/test_x.py::test_x |") == 1 + len(THRESHOLDS)
