@@ -1,28 +1,34 @@
-"""What the gates of tests/quality share: the plan that comes with the package, and the table of what is found."""
+"""What the gates of tests/quality share: the plan that comes with the package, and the tables of what is found."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from knormpress import KnormError, KnormPress
-from knormpress.records.retrieval import Retrieval
 
-_PLACE = re.compile(r"(<!-- retrieval -->\n).*?(\n<!-- end of retrieval -->)", re.DOTALL)
+_TABLES = ("retrieval", "longer contexts")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--retrieval-table", metavar="FILE", help="replace the table of what is found in this file")
+    parser.addoption("--retrieval-table", metavar="FILE", help="replace the tables of what is found in this file")
+
+
+def _place(table: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {table} -->\n).*?(\n<!-- end of {table} -->)", re.DOTALL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    table = config.option.retrieval_table
+    page = config.option.retrieval_table
+    if not page:
+        return
     # Told now, and not when everything has been measured.
-    if table and not (Path(table).is_file() and _PLACE.search(Path(table).read_text(encoding="utf-8"))):
-        raise pytest.UsageError(f"--retrieval-table is {table}; wanted a Markdown file with the marks of a table")
+    text = Path(page).read_text(encoding="utf-8") if Path(page).is_file() else ""
+    if not all(_place(table).search(text) for table in _TABLES):
+        raise pytest.UsageError(f"--retrieval-table is {page}; wanted a Markdown file with the marks of the tables")
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +41,18 @@ def plan(knorm_bench) -> KnormPress:
 
 
 @pytest.fixture
-def retrieval_table(pytestconfig: pytest.Config) -> Callable[[Mapping[str, Retrieval]], None]:
-    """Write what each method found into the file that --retrieval-table names; skip where none is named."""
+def write_table(pytestconfig: pytest.Config) -> Callable[[str, Sequence[Sequence[str]]], None]:
+    """Write rows, the head first, as a named table of the page that --retrieval-table names; skip where none is."""
     path = pytestconfig.option.retrieval_table
     if not path:
         pytest.skip("no --retrieval-table was given")
 
-    def write(found: Mapping[str, Retrieval]) -> None:
-        first = next(iter(found.values()))
-        tasks = [f"{task} ({first.of(task).share.known}/{asked})" for task, asked in first.asked.items()]
-        rows = [["policy", *tasks, "all", "rise of the NLL"], ["---"] * (len(tasks) + 3)]
-        for name, retrieval in found.items():
-            shares = [retrieval.of(task).share for task in first.asked]
-            cells = [f"{share.found} ({share.ends})" for share in shares]
-            rows.append([name, *cells, f"{retrieval.share}: {retrieval.share.percent}", f"{retrieval.nll_rise:+.2f}"])
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    def write(name: str, rows: Sequence[Sequence[str]]) -> None:
+        head, *others = rows
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
         print(table)
         page = Path(path)
-        text = _PLACE.sub(lambda place: place[1] + table + place[2], page.read_text(encoding="utf-8"))
+        text = _place(name).sub(lambda place: place[1] + table + place[2], page.read_text(encoding="utf-8"))
         page.write_text(text, encoding="utf-8")
 
     return write

@@ -8,13 +8,20 @@ import pytest
 
 from knormpress import KnormPress
 from knormpress.compare.retrieval import judge_retrieval
+from knormpress.measure.prefill import Way
+from knormpress.measure.quality import measure_quality
+from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.registry import make_method
 from knormpress.pytest_plugin.measured import retrieval_controls
+from knormpress.tune.texts import TASKS, split
+from knormpress.workload.tasks.draw import LENGTHS
+from knormpress.workload.tasks.haystack import haystacks
 
 HALF = KnormPress(0.5)
 TEXTS = 6
 MORE_TEXTS = 10
 TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "multikey-filler", "passkey")
+LONGER, LONGER_TEXTS = (2_048, 4_096), 2
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,7 @@ def test_control_a_plan_with_two_layers_swapped_is_seen(found):
     assert change.high < 0, f"the comparison is broken: {change} ({change.interval})"
 
 
-def test_the_table_of_what_is_found(plan, knorm_bench, knorm_retrieval, retrieval_table):
+def test_the_table_of_what_is_found(plan, knorm_bench, knorm_retrieval, write_table):
     methods = {f"uniform {keep}": KnormPress(keep) for keep in (0.9, 0.7, 0.5)}
     for name, keep in (("keydiff", 0.9), ("keydiff", 0.5), ("recent-window", 0.5), ("random", 0.5)):
         methods[f"{name} {keep}"] = make_method(name, KnormPress(keep))
@@ -76,4 +83,33 @@ def test_the_table_of_what_is_found(plan, knorm_bench, knorm_retrieval, retrieva
     methods[f"plan, {plan.mean_keep:.3f}"] = plan
     methods["random under the plan"] = make_method("random", plan)
     asked = knorm_retrieval(list(methods.values()), tasks=TABLE_TASKS, texts=MORE_TEXTS)
-    retrieval_table({name: result.retrieval for name, result in zip(methods, asked, strict=True)})
+    found = [result.retrieval for result in asked]
+    tasks = [f"{task} ({found[0].of(task).share.known}/{count})" for task, count in found[0].asked.items()]
+    rows = [["policy", *tasks, "all", "rise of the NLL"]]
+    for name, retrieval in zip(methods, found, strict=True):
+        shares = [retrieval.of(task).share for task in retrieval.asked]
+        cells = [f"{share.found} ({share.ends})" for share in shares]
+        rows.append([name, *cells, f"{retrieval.share}: {retrieval.share.percent}", f"{retrieval.nll_rise:+.2f}"])
+    write_table("retrieval", rows)
+
+
+def test_the_table_behind_longer_contexts(plan, knorm_bench, write_table):
+    """On documents that the search did not see, and on items in texts about as long."""
+    norms = KnormPress.for_model(knorm_bench.model, scores=("knorm",))
+    tried = {f"uniform {keep}": (KnormPress(keep), Way()) for keep in (0.9, 0.5)}
+    tried[f"plan of key norms, {norms.mean_keep:.3f}"] = (norms, Way())
+    tried[f"plan, {plan.mean_keep:.3f}"] = (plan, Way())
+    tried["the same, in chunks of 1,024"] = (plan, Way(chunk=1_024))
+    methods, ways = (list(each) for each in zip(*tried.values(), strict=True))
+    rows = [["context", "policy", "PPL", "found", "rise of the NLL"]]
+    for context in LONGER:
+        _, held_out = split(knorm_bench, context=context, with_items=False)
+        lengths = [round(length * context / 1_024) for length in LENGTHS["held-out"]]
+        texts = haystacks(knorm_bench, TASKS, count=LONGER_TEXTS, lengths=lengths)
+        scored = measure_quality(knorm_bench.model, methods, held_out.documents, context=context, ways=ways)
+        asked = measure_retrieval(knorm_bench.model, methods, texts, ways=ways)
+        for name, quality, retrieval in zip(tried, scored, asked, strict=True):
+            ppl, share = f"{quality.ppl} ({quality.ppl.interval})", f"{retrieval.share}: {retrieval.share.percent}"
+            rows.append([f"{context:,}", name, ppl, share, f"{retrieval.nll_rise:+.2f}"])
+            print(*rows[-1])
+    write_table("longer contexts", rows)
