@@ -237,7 +237,7 @@ def named(before: Cost, now: Cost) -> dict[str, str]:
     return {finding.metric: finding.reason for finding in findings if finding.word == "regressed"}
 
 
-SOUND_UPDATE, SOUND_BUDGET, SOUND_SELECT = KnormLayer.update, layer.budget, layer.select
+SOUND_UPDATE, SOUND_KEEP, SOUND_BUDGET = KnormLayer.update, KnormLayer._keep, layer.budget
 SOUND_MASK = KnormCache.mask_for
 
 
@@ -255,9 +255,9 @@ def read_by_the_host(self: KnormLayer, *states: Any, **kwargs: Any) -> tuple[Ten
     return SOUND_UPDATE(self, *states, **kwargs)
 
 
-def selected_twice(*arguments: Any, **named: Any) -> Tensor:
-    SOUND_SELECT(*arguments, **named)
-    return SOUND_SELECT(*arguments, **named)
+def pruned_twice(self: KnormLayer, budgets: list[int]) -> None:
+    SOUND_KEEP(self, budgets)
+    SOUND_KEEP(self, budgets)
 
 
 def not_while_decoding(*arguments: Any, stored: int, new: int, **named: Any) -> int:
@@ -281,7 +281,7 @@ def masks_again(self: KnormCache, *arguments: Any) -> tuple[Any, bool]:
         (Tape, "append", copied_by_cat, {"moved", "allocated"}, "decode"),
         (KnormLayer, "update", made_contiguous, {"ops", "moved", "allocated"}, "decode"),
         (KnormLayer, "update", read_by_the_host, {"host_reads"}, "decode"),
-        (layer, "select", selected_twice, {"ops", "moved"}, "decode"),
+        (KnormLayer, "_keep", pruned_twice, {"ops", "moved"}, "decode"),
         (layer, "budget", not_while_decoding, {"flops"}, "decode"),
         (KnormCache, "mask_for", with_a_mask, {"ops", "allocated"}, "decode"),
         (KnormCache, "mask_for", masks_again, {"ops", "host_reads"}, "prefill"),

@@ -54,7 +54,8 @@ def test_a_cache_that_keeps_five_percent_more(after_a_sound_run: Run) -> None:
         result = after_a_sound_run(HARNESS, "--knorm-compare", **WIDE)
     assert "FAILED test_it.py::test_bytes[cpu-0.9]" in lines(result)
     assert "FAILED test_it.py::test_bytes[cpu-0.5]" in lines(result)
-    assert "regressed: bytes +3." in lines(result)
+    # Of 5 % in 2 of 3 layers, less what lies ready for the next tokens.
+    assert "regressed: bytes +2." in lines(result)
     assert "PASSED test_it.py::test_bytes[cpu-1.0]" in lines(result)
 
 
