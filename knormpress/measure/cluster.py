@@ -334,7 +334,10 @@ def _connected(address: str) -> Iterator[Any]:
         _expect_answer(address)
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address != "local":
+    if address == "local":
+        # It would have its workers give way to all other processes, also while a clock runs.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+    else:
         # It would try for a quarter of an hour, and tell of each try.
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -124,7 +124,11 @@ def nodes() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("OMP_NUM_THREADS", "1")
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_name": "first"})
+        # Workers that give way to all other processes may wait for minutes on a busy machine.
+        patch.setenv("RAY_worker_niceness", "0")
+        # Without what these tests don't look at, it is there sooner.
+        lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_name": "first", **lean})
         cluster.add_node(num_cpus=1, node_name="second")
         yield cluster
         cluster.shutdown()
