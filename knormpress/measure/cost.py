@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -73,7 +73,8 @@ def measure_cost(
 
     As many decoded tokens are counted as lie between two prunings of the cache's policy, with a pruning in their
     middle; of more than 8, the 8 around it. Tokens before them are decoded without counting. The counted ones are
-    chosen greedily, and each is read by the host. The number of threads may decide how work is divided, so one is used.
+    chosen greedily, and each is read by the host. They are computed on one thread, as the number of threads decides how
+    their attention is divided; so is a prompt in chunks.
 
     Args:
         model: a model on the device to count on.
@@ -118,7 +119,8 @@ def _prefill(model: PreTrainedModel, prompt: Tensor, new_cache: Callable[[], Cac
         # Outside of inference mode all operators are dispatched one by one.
         prompt = prompt.clone()
         prefill(model, prompt[:, :_WARM_UP_TOKENS], new_cache())
-        with _counted(model, prompt.device) as counter:
+        # The last chunk may be a single token.
+        with nullcontext() if chunk is None else _one_thread(), _counted(model, prompt.device) as counter:
             cache = new_cache()
             token = _step(model, prompt, cache, chunk)
         return Prefilled(counter.take(), cache, token)
@@ -144,7 +146,7 @@ def _decode(model: PreTrainedModel, filled: Prefilled, *, tokens: int) -> Counts
     """What ``tokens`` decoded tokens take."""
     with torch.no_grad():
         token = filled.token
-        with _counted(model, token.device) as counter:
+        with _one_thread(), _counted(model, token.device) as counter:
             for _ in range(tokens):
                 token = _step(model, token, filled.cache)
         return counter.take()
@@ -184,8 +186,8 @@ def _prunings(policy: Policy, ratio: float, prompt: int) -> tuple[int, int]:
 
 @contextmanager
 def _counted(model: PreTrainedModel, device: torch.device) -> Iterator[OperatorCounter]:
-    """Count on one thread, calls of attention modules too."""
-    counter, threads = OperatorCounter(device), torch.get_num_threads()
+    """Count calls of attention modules too."""
+    counter = OperatorCounter(device)
 
     def called(*_: Any) -> None:
         counter.sums["attention"] += 1
@@ -193,7 +195,16 @@ def _counted(model: PreTrainedModel, device: torch.device) -> Iterator[OperatorC
     with ExitStack() as hooks:
         for module in filter(is_attention, model.modules()):
             hooks.callback(module.register_forward_pre_hook(called).remove)
-        torch.set_num_threads(1)
-        hooks.callback(torch.set_num_threads, threads)
         with counter:
             yield counter
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The attention of a single token to those before it is divided among all threads, with operators of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

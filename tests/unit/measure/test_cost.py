@@ -156,7 +156,7 @@ def test_the_flops_are_those_of_the_formulas(implementation: str) -> None:
 
 def test_every_run_and_every_number_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_PIECE", 4)
-    fresh = cost()
+    fresh, chunked = cost(), cost(prefill_chunk=39)
     assert cost() == fresh
     torch.set_num_threads(3)
     try:
@@ -169,6 +169,7 @@ def test_every_run_and_every_number_of_threads_gives_the_same(monkeypatch: pytes
             assert split != counted(lambda: prefill(tiny_model(), tokens(1), cache)).ops
             torch.set_num_threads(3)
         assert cost() == fresh
+        assert cost(prefill_chunk=39) == chunked
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
