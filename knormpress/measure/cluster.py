@@ -344,8 +344,8 @@ def _connected(address: str) -> Iterator[Any]:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # of many kinds
         raise KnormError(
-            f"no Ray cluster can be reached at --ray {address}: {_first_line(error).rstrip('.')}; wanted local, auto, or HOST:PORT "
-            "of the head, on a machine that is a node of it"
+            f"no Ray cluster can be reached at --ray {address}: {_first_line(error).rstrip('.')}; wanted local, auto "
+            "or HOST:PORT of the head, on a machine that is a node of it"
         ) from error
     try:
         yield ray
