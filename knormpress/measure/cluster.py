@@ -338,17 +338,16 @@ def _connected(address: str) -> Iterator[Any]:
         # It would have its workers give way to all other processes, also while a clock runs.
         os.environ.setdefault("RAY_worker_niceness", "0")
     else:
-        # It would try for a quarter of an hour, and tell of each try.
+        # It would try for a quarter of an hour.
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # of many kinds
         raise KnormError(
-            f"no Ray cluster can be reached at --ray {address}: {_first_line(error)}; wanted local, auto, or HOST:PORT "
-            "of the head, on a machine that is a node of it"
+            f"no Ray cluster can be reached at --ray {address}: {_first_line(error).rstrip('.')}; wanted local, auto "
+            "or HOST:PORT of the head, on a machine that is a node of it"
         ) from error
     try:
         yield ray
