@@ -182,6 +182,9 @@ class Source:
         return self.device[0]
 
 
+_QUICK = {"rounds": 2, "new_tokens": 8, "samples": 2, "texts": 1}
+
+
 @dataclass(frozen=True)
 class Effort:
     """How much is measured.
@@ -244,9 +247,9 @@ class Effort:
                 raise KnormError(f"{name} is {number}; wanted a number of at least 0")
 
     def quick(self) -> Effort:
-        """At most two pairs of runs for each cell, two documents, and one text for each task."""
-        rounds, samples = min(self.rounds, 2), min(self.samples, 2)
-        return replace(self, rounds=rounds, seconds=0.0, samples=samples, texts=1)
+        """At most two pairs of runs of 8 new tokens for each cell, two documents, and one text for each task."""
+        few = {name: min(getattr(self, name), most) for name, most in _QUICK.items()}
+        return replace(self, seconds=0.0, **few)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def _header(page: _Page, targets: bool, claims: bool) -> float:
 
 
 def _row(page: _Page, top: float, record: Record) -> None:
-    page.write(_FIGURES[0], top + 17, record.row.replace("plan ", "plan\n"), fontweight="bold")
+    for line, word in enumerate(record.row.split()):
+        page.write(_FIGURES[0], top + 17 + 22 * line, word, fontweight="bold")
     page.write(_FIGURES[1], top + 17, f"{(1.0 - record.keep_ratio) * 100:.3g}")
     changes = (record.latency.ttft, record.latency.throughput, record.latency.tpot, record.quality.ppl)
     for edge, change in zip(_FIGURES[2:6], changes, strict=True):
