@@ -165,6 +165,7 @@ def _hides_padding_alone(past: Tensor, real: Tensor) -> bool:
     """
     if not is_at_hand(past) or past.dtype != torch.bool or past.dim() != 4 or past.shape[1] > 1:
         return False
+    # It is in the host's memory. Read by `item` it would be counted as a wait that no device has: there it ends above.
     answer = np.empty((), np.bool_)
     torch.from_numpy(answer).copy_((past == real[:, None, None]).all())
     return bool(answer)
