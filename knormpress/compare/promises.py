@@ -44,8 +44,13 @@ class Judgement:
 
     @property
     def word(self) -> str:
-        """``met`` or ``not met``, with a ``~`` if the interval crosses the limit."""
-        return ("met" if self.met else "not met") + (" ~" if self.crosses else "")
+        """``met`` or ``not met``, with a ``~`` if the interval crosses the limit, or if there is none."""
+        return ("met" if self.met else "not met") + ("" if self.is_sure else " ~")
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether there is an interval that lies on one side of the limit."""
+        return self.crosses is False
 
 
 def judge_targets(records: Iterable[Record]) -> list[Judgement]:

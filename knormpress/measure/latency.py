@@ -103,6 +103,7 @@ def measure_latency(
     baseline: Method | None = None,
     after_run: Callable[[], None] = lambda: None,
     repeat: Repeat = until_enough,
+    is_warm: bool = False,
 ) -> list[Latency]:
     """Time generations with the full cache and with each method in turn, see ``pairs.in_turn``.
 
@@ -121,6 +122,7 @@ def measure_latency(
         baseline: what is measured in turn with the methods; the full cache unless given.
         after_run: called after each run, with warm-up.
         repeat: runs the methods, see ``pairs.Repeat``.
+        is_warm: leave the warm-up runs out: the same prompt has just been through the cache of each method.
 
     Returns:
         One result for each method.
@@ -141,7 +143,7 @@ def measure_latency(
         for method, way in zip(methods, ways, strict=True):
             sides.append((*contexts.enter_context(begun(model, method, prompt, way)), way.chunk))
         contexts.enter_context(_imports_exempt_from_collection())
-        for side in sides:
+        for side in [] if is_warm else sides:
             run(*side, min(new_tokens, _WARM_UP_TOKENS))
         speed_before = _speed(model)
         pairs_of_methods = in_turn(

@@ -209,7 +209,7 @@ class Effort:
     """
 
     prompt_tokens: tuple[int, ...] = _setting((1024,), str, "Prompt lengths, separated by commas.", read=_integers)
-    new_tokens: int = _setting(32, int, "Tokens to generate in each timed run, at least 2.")
+    new_tokens: int = _setting(16, int, "Tokens to generate in each timed run, at least 2.")
     prefill_chunk: int | None = _setting(None, int, "Send prompts in chunks of this many tokens; whole unless given.")
     samples: int = _setting(
         8, int, "Documents on which perplexity is measured.", spellings=("num-wikitext-samples", "samples")
@@ -223,7 +223,7 @@ class Effort:
     texts: int = _setting(3, int, "Texts for each retrieval task; a text has up to four questions.")
     rounds: int = _setting(6, int, "Least number of timed pairs of runs for each cell.")
     precision: float = _setting(3.0, float, "Stop timing once the intervals' half width in % is at most this.")
-    seconds: float = _setting(20.0, float, "After --rounds, start no pair of a cell later than this many seconds.")
+    seconds: float = _setting(15.0, float, "After --rounds, start no pair of a cell later than this many seconds.")
     scored_tokens: int = 256
     cost: bool = False
 

@@ -116,7 +116,8 @@ def score_document(
         prefill_chunk: the most tokens of the context in one forward pass; None sends it in one pass.
         ways: how each method's cache takes the context; as the full cache does unless given.
         decoded: score the tokens a second time, as if fed one by one, behind a fresh prefill or a copy of it. A
-            ``KnormCache`` takes one pass for each time that it prunes; any other cache one pass for each token.
+            ``KnormCache`` takes one pass for each time that it prunes; any other cache one pass for each token. Behind
+            a context that is reused this is left out: it is decoded like any other.
         baseline: what the methods are compared with; the full cache unless given.
 
     Raises:
@@ -141,17 +142,17 @@ def score_document(
         tokens_held = slots_of(full)
         scores = []
         for method, way in zip(methods, ways, strict=True):
-            name = describe_method(method)
+            name, decodes = describe_method(method), decoded and way.question is None
             with filled_cache(model, method, prompt, full, way=way) as cache:
                 expect_pruned(method, policy_of(method), cache, tokens_held)
                 whole = isinstance(cache, KnormCache) and _decodes_whole(cache, scored)
-                copied = copy.deepcopy(cache) if decoded and isinstance(cache, KnormCache) and not whole else None
+                copied = copy.deepcopy(cache) if decodes and isinstance(cache, KnormCache) and not whole else None
                 score = predictions.compare(document, _teacher_forced(model, fed, cache), name)
                 if copied is not None:
                     score = predictions.add_decoded(score, _decoded(model, fed, copied), name)
-            if decoded and whole:
+            if decodes and whole:
                 score = score.model_copy(update={"decoded_nll": score.candidate_nll})
-            elif decoded and copied is None:
+            elif decodes and copied is None:
                 # Nobody knows whether a copy of another library's cache still prunes, so it is filled anew.
                 with filled_cache(model, method, prompt, full, way=way) as cache:
                     score = predictions.add_decoded(score, _decoded(model, fed, cache), name)

@@ -31,8 +31,8 @@ class Steps:
         self.doing = doing
 
     def runs(self, cells: int) -> int:
-        """The timed runs of ``cells`` and of the full cache beside them, with the warm-up."""
-        return (cells + 1) * (self.rounds + 1)
+        """The timed runs of ``cells`` and of the full cache beside them."""
+        return (cells + 1) * self.rounds
 
     def _steps(self, cells: int) -> int:
         """Everything for ``cells`` of one length: runs, a pass for the memory of each and the full cache, documents."""

@@ -286,6 +286,7 @@ def _figures(
         prefill_chunk=chunk,
         ways=[cell.way for cell in pending],
         after_run=steps.tick_at_most(steps.runs(len(pending))),
+        is_warm=True,  # by what memory was read for
     )
     weights = {"weights_tpot_s": weights_tpot(bench.model, prompt)}
     latencies = [latency.model_copy(update=weights) for latency in latencies]

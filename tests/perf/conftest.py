@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from matplotlib.figure import Figure
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knormpress.measure import pairs
 from knormpress.show.pictures.style import DPI
@@ -34,7 +36,9 @@ TARGETS = pytest.StashKey[list[Target]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--peers-table", metavar="FILE", help="replace the table of peers in this Markdown file")
+    parser.addoption(
+        "--peers-table", metavar="FILE", help="replace the table of peers in this Markdown file, and its picture"
+    )
     parser.addoption(
         "--performance-table",
         metavar="FILE",
@@ -81,6 +85,21 @@ def for_the_table(thorough: bool, quick: bool) -> None:
     """Skip what no gate needs: it is a figure of the table. With ``--knorm-quick`` it is run to see that it works."""
     if not (thorough or quick):
         pytest.skip("a figure of the table, and no gate; measured with --performance-table")
+
+
+@pytest.fixture(scope="session")
+def without_attention_of_kvpress() -> Callable[[], None]:
+    """Take away what the import of kvpress puts over sdpa for its presses per head, which are not used here.
+
+    KnormPress leaves what others put there, so that the benchmarks that follow would be of another attention.
+    """
+
+    def take_away() -> None:
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+    return take_away
 
 
 @pytest.fixture

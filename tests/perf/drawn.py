@@ -1,4 +1,4 @@
-"""The pictures of docs/performance.md that its benchmarks draw."""
+"""The pictures of the pages that the benchmarks draw."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from knormpress.show.pictures.style import (
     add_heading,
     add_legend,
     new_figure,
+    pretty,
     three_digits,
 )
+from knormpress.stats.intervals import Change
+from knormpress.stats.shares import Share
 from tests.perf.clocks import PARTS, Spent
 
-__all__ = ["Course", "draw_decoded_token", "draw_long_decode"]
+__all__ = ["Course", "Peer", "draw_decoded_token", "draw_long_decode", "draw_peers"]
 
 _COLOURS = dict(zip(PARTS, (GREY, BLUE, ORANGE, "#BBBBBB"), strict=True))
 _PIXELS_A_BAR = 55
@@ -38,6 +41,19 @@ class Course(NamedTuple):
 
     seconds: Sequence[float]
     nbytes: Sequence[int]
+
+
+class Peer(NamedTuple):
+    """What was measured of a policy or press; ``held`` is its share of the full cache's bytes, the rest as recorded."""
+
+    name: str
+    mean_keep: float
+    held: float
+    ttft: Change
+    tpot: Change
+    ppl: Change
+    found: Share
+    nll_rise: float
 
 
 def draw_decoded_token(cases: Mapping[str, Mapping[str, Spent]], *, bandwidth: float) -> Figure:
@@ -118,4 +134,57 @@ def draw_long_decode(courses: Mapping[str, Course], *, prompt: int, slot: int) -
             axes.grid()
         add_legend(figure, handles)
         figure.legends[0].set_bbox_to_anchor((0.025, 1 - 80 / figure.bbox.height))
+    return figure
+
+
+def draw_peers(peers: Sequence[Peer]) -> Figure:
+    """Draw a row for each policy and press: its bytes, what is found, perplexity, TTFT and TPOT, with intervals."""
+    columns = {
+        "bytes": [(100 * peer.held, (100 * peer.held,) * 2) for peer in peers],
+        "items found": [(100 * peer.found.value, (100 * peer.found.low, 100 * peer.found.high)) for peer in peers],
+        "PPL": [(peer.ppl.percent, peer.ppl.ends) for peer in peers],
+        "TTFT": [(100 + peer.ttft.percent, [100 + end for end in peer.ttft.ends]) for peer in peers],
+        "TPOT": [(100 + peer.tpot.percent, [100 + end for end in peer.tpot.ends]) for peer in peers],
+    }
+    with matplotlib_style.context(["default", STYLE]):
+        figure = new_figure(190 + 46 * len(peers))
+        height = figure.bbox.height
+        add_heading(
+            figure,
+            "What plans, uniform ratios and presses of kvpress cost, and what they find",
+            "In % of the full cache; PPL: its change. Bars: 95 % intervals. Blue: this library. "
+            "*: made to see the question, which here comes after pruning.",
+        )
+        grid = figure.add_gridspec(
+            1, len(columns), left=0.175, right=0.985, top=1 - 115 / height, bottom=50 / height, wspace=0.12
+        )
+        for number, (title, points) in enumerate(columns.items()):
+            axes = figure.add_subplot(grid[number])
+            for place, (peer, (value, (low, high))) in enumerate(zip(peers, points, strict=True)):
+                colour = GREY if peer.name.startswith("kvpress") else BLUE
+                axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
+                axes.plot([value], [place], color=colour, marker="o", markersize=5)
+                text = f"{value:+.1f}" if title == "PPL" else f"{value:.0f}"
+                axes.annotate(
+                    pretty(text),
+                    (value, place),
+                    (0, 4),
+                    textcoords="offset points",
+                    fontsize=7,
+                    ha="center",
+                    va="bottom",
+                )
+            if title == "PPL":
+                axes.set_xscale("symlog", linthresh=5)
+                axes.set_xticks([0, 2, 5, 20, 100], ["0", "2", "5", "20", "100"])
+                axes.minorticks_off()
+            axes.margins(x=0.14)
+            if title in {"bytes", "items found"}:
+                axes.set_xlim(0, 112)
+            axes.axvline(0 if title == "PPL" else 100, color="#BBBBBB", linewidth=1, zorder=0)
+            axes.set_yticks(range(len(peers)), [peer.name for peer in peers] if number == 0 else [])
+            axes.set_ylim(len(peers) - 0.5, -0.7)
+            axes.tick_params(length=0)
+            axes.set_title(title)
+            axes.grid(axis="x")
     return figure

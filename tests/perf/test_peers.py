@@ -1,8 +1,8 @@
-"""The plans beside other policies and presses that store as many bytes: what each costs, and what each still finds.
+"""The plans beside uniform ratios and kvpress's presses that keep as many tokens: what each costs, and what each finds.
 
-One table, made with ``--peers-table FILE``; no gate. Bytes and time are measured behind a long context, perplexity and
-retrieval behind the usual ones, on documents and items that the plans were not tuned on if ``--knorm-corpus`` names the
-text that they were tuned on.
+One table and its picture, made with ``--peers-table FILE``; no gate. Bytes and TPOT are measured behind a long context,
+TTFT, perplexity and retrieval behind the usual ones, on documents and items that the plans were not tuned on if
+``--knorm-corpus`` names the text that they were tuned on.
 """
 
 from __future__ import annotations
@@ -19,18 +19,24 @@ from knormpress import KnormCache, KnormError, KnormPress
 from knormpress.measure.memory import cache_bytes
 from knormpress.measure.pairs import in_turn
 from knormpress.measure.prefill import prefill
+from knormpress.methods.full import FullCache
 from knormpress.methods.registry import make_method
+from knormpress.show.pictures.style import DPI
 from knormpress.stats.intervals import ratio_change
+from tests.perf.drawn import Peer, draw_peers
 from tests.perf.test_targets import copy_of, decoding
 
-KVPRESS = ("KnormPress", "KeyDiffPress", "ExpectedAttentionPress")
+KVPRESS = ("Knorm", "KeyDiff", "ExpectedAttention", "SnapKV", "TOVA", "StreamingLLM", "Random")
+# They choose by the attention of the last tokens, which are meant to be the question. Here they are the text's.
+WANT_THE_QUESTION = ("SnapKV", "TOVA")
 UNIFORM = (0.98, 0.95)
 TASKS = ("multikey-prose", "list", "json", "multikey-filler")
+PICTURE = "knormpress_peers.png"
 
 
 @pytest.fixture
 def write(pytestconfig):
-    """Replace the table of peers in the page that --peers-table names; skip where none is named."""
+    """Replace the table of peers in the page that --peers-table names, and its picture; skip where none is named."""
     page = pytestconfig.option.peers_table
     if not page:
         pytest.skip("no --peers-table was given")
@@ -41,16 +47,20 @@ def write(pytestconfig):
     if not mark or not end:
         raise pytest.UsageError(f"--peers-table is {page}; wanted a Markdown file with the marks of a table")
 
-    def write(rows):
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    def write(rows, figure):
+        head, *others = rows
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *others))
         print(table)
         Path(page).write_text(f"{before}{mark}{table}{end}{after}", encoding="utf-8")
+        images = Path(page).parent / "images"
+        images.mkdir(exist_ok=True)
+        figure.savefig(images / PICTURE, format="png", dpi=DPI)
 
     return write
 
 
 @pytest.fixture
-def candidates(knorm_bench):
+def candidates(knorm_bench, without_attention_of_kvpress):
     """Each method by its name, with its policy."""
     pytest.importorskip("kvpress")
     try:
@@ -59,22 +69,13 @@ def candidates(knorm_bench):
         pytest.skip(str(error))
     equal = KnormPress(round(best.mean_keep, 3), skip_layers=())
     found = {"plan, any score": (best, best), "plan, key norms": (norms, norms)}
-    found |= {f"keep {keep} in every layer": (KnormPress(keep, skip_layers=()),) * 2 for keep in UNIFORM}
-    found[f"keep {equal.keep_ratio} in every layer"] = (equal, equal)
+    for keep in (*UNIFORM, equal.keep_ratio):
+        found[f"keep {keep} in every layer"] = (KnormPress(keep, skip_layers=()),) * 2
     for name in KVPRESS:
-        found[f"kvpress's {name}, {equal.keep_ratio}"] = (make_method(f"kvpress:{name}", equal), equal)
+        mark = " *" if name in WANT_THE_QUESTION else ""
+        found[f"kvpress's {name}{mark}"] = (make_method(f"kvpress:{name}Press", equal), equal)
+    without_attention_of_kvpress()
     return found
-
-
-def clocked(run):
-    """A function that returns the seconds that ``run`` takes."""
-
-    def seconds():
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return seconds
 
 
 def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_quality, knorm_retrieval, write, quick):
@@ -83,12 +84,13 @@ def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_qu
     quality = knorm_quality(methods)
     retrieval = knorm_retrieval(methods, tasks=TASKS, texts=1 if quick else 4)
     (ids,) = knorm_bench.documents(length=tokens, count=1)
-    full = DynamicCache(config=model.config)
+    first_tokens = timed_first_tokens(model, methods, ids[:, : 600 if quick else 2_000], rounds=1 if quick else 4)
     with torch.inference_mode():
+        full = DynamicCache(config=model.config)
         prefill(model, ids, full)
     whole = cache_bytes(full)
-    rows = [["policy", "mean keep", "bytes", "TPOT", "PPL", "found"], ["---"] * 6]
-    for name, method, policy, scored, asked in zip(candidates, methods, policies, quality, retrieval, strict=True):
+    peers = []
+    for number, (name, method, policy) in enumerate(zip(candidates, methods, policies, strict=True)):
         with torch.inference_mode(), method(model) as new_cache:
             cache = new_cache()
             if isinstance(cache, KnormCache):
@@ -100,16 +102,53 @@ def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_qu
         with torch.inference_mode():
             runs = [clocked(decoding(model, each)) for each in (copy_of(model, full), cache)]
             (pairs,) = in_turn(*runs, rounds=6 if quick else 24)
-        change = ratio_change(pairs.baseline, pairs.candidate)
-        ppl, share = scored.quality.ppl, asked.retrieval.share
-        rows.append(
-            [
-                name,
-                f"{fmean(policy.ratios(knorm_bench.layers)):.3f}",
-                f"{held:.3f}",
-                f"{1 + change.percent / 100:.2f} ({1 + change.ends[0] / 100:.2f}..{1 + change.ends[1] / 100:.2f})",
-                f"{ppl} ({ppl.interval})",
-                f"{share}: {share.percent}",
-            ]
+        peers.append(
+            Peer(
+                name=name,
+                mean_keep=fmean(policy.ratios(knorm_bench.layers)),
+                held=held,
+                ttft=first_tokens[number],
+                tpot=ratio_change(pairs.baseline, pairs.candidate),
+                ppl=quality[number].quality.ppl,
+                found=retrieval[number].retrieval.share,
+                nll_rise=retrieval[number].retrieval.nll_rise,
+            )
         )
-    write(rows)
+    rows = [["policy", "mean keep", "bytes", "TTFT", "TPOT", "PPL", "found", "rise of the NLL"], *map(row, peers)]
+    write(rows, draw_peers(peers))
+
+
+def row(peer):
+    times = [
+        f"{1 + change.percent / 100:.2f} ({1 + change.ends[0] / 100:.2f}..{1 + change.ends[1] / 100:.2f})"
+        for change in (peer.ttft, peer.tpot)
+    ]
+    quality = [f"{peer.ppl} ({peer.ppl.interval})", f"{peer.found}: {peer.found.percent}", f"{peer.nll_rise:+.2f}"]
+    return [peer.name, f"{peer.mean_keep:.3f}", f"{peer.held:.3f}", *times, *quality]
+
+
+def timed_first_tokens(model, methods, ids, *, rounds):
+    """The change of TTFT of each method, one prompt sent whole, all in turn with the full cache."""
+
+    def first_token(method):
+        def run():
+            with torch.inference_mode(), method(model) as new_cache:
+                prefill(model, ids, new_cache()).argmax(dim=-1).item()
+
+        return clocked(run)
+
+    runs = [first_token(method) for method in (FullCache(), *methods)]
+    for run in runs:
+        run()
+    return [ratio_change(pairs.baseline, pairs.candidate) for pairs in in_turn(*runs, rounds=rounds)]
+
+
+def clocked(run):
+    """A function that returns the seconds that ``run`` takes."""
+
+    def seconds():
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return seconds

@@ -16,8 +16,6 @@ from statistics import median
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from knormpress import KnormCache, KnormPress
 from knormpress.cache.layer import KnormLayer, TokenLog
@@ -195,12 +193,9 @@ def test_decoding_in_bfloat16(narrow, in_turn, target, long, steps, keep, reach)
 
 
 @pytest.mark.usefixtures("for_the_table")
-def test_decoding_beside_kvpress(model, ids, full, in_turn, target, long, steps):
+def test_decoding_beside_kvpress(model, ids, full, in_turn, target, long, steps, without_attention_of_kvpress):
     pytest.importorskip("kvpress")
-    # Its import puts a function of its own over sdpa, and KnormPress leaves what others put there: the benchmarks that
-    # follow would be of another attention. This press needs none of it.
-    del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    without_attention_of_kvpress()
     with make_method("kvpress:KnormPress", KnormPress(0.5))(model) as new_cache:
         theirs = new_cache()
         prefill(model, ids, theirs)

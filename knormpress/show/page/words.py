@@ -143,12 +143,15 @@ def _statement(title: str, what: str, verdicts: Sequence[Judgement], sentence: C
     word = "not met" if not met else "partly met" if missed else "met"
     name = _TARGETS[what][0] if "target" in title else f"The claim about {_NAMES[what]}"
     parts = [f"{text} at {listed(labels)}" for text, labels in (("met", met), ("not met", missed)) if labels]
-    lines = tuple(
-        Line("unsure" if verdict.crosses else "good" if verdict.met else "bad", verdict.word, sentence(verdict))
-        for verdict in verdicts
-    )
+    lines = tuple(Line(_tone(verdict), verdict.word, sentence(verdict)) for verdict in verdicts)
     why = next((verdict.why for verdict in verdicts if verdict.why is not None), None)
     return Statement(tone, word, f"{name}: {'; '.join(parts)}.", lines, why)
+
+
+def _tone(verdict: Judgement) -> Tone:
+    if not verdict.is_sure:
+        return "unsure"
+    return "good" if verdict.met else "bad"
 
 
 def _target(verdict: Judgement) -> str:

@@ -136,8 +136,8 @@ def _full_cache(records: Sequence[Record]) -> str:
 
 def _notes(verdicts: Sequence[Judgement], records: Sequence[Record]) -> list[str]:
     notes = below_the_cache(records)
-    if any(verdict.crosses for verdict in verdicts):
-        notes.append("~ the interval crosses the limit: another measurement may have the other result.")
+    if not all(verdict.is_sure for verdict in verdicts):
+        notes.append("~ the interval crosses the limit, or there is none: measured again, it may be otherwise.")
     reasons = dict.fromkeys(verdict.why for verdict in verdicts if verdict.why is not None)
     for reason in reasons:
         notes += textwrap.wrap(pretty(reason), _WRAP)

@@ -85,10 +85,11 @@ def test_no_claim_is_made_for_other_methods_plans_or_ratios() -> None:
         (6.0, 4.0, 8.0, True, "not met ~"),
         (-6.0, -7.0, -4.0, True, "not met ~"),
         (6.0, 5.5, 8.0, False, "not met"),
-        (6.0, None, None, None, "not met"),
+        (6.0, None, None, None, "not met ~"),
+        (4.0, None, None, None, "met ~"),
     ],
 )
-def test_an_interval_across_the_limit_is_said(
+def test_an_interval_across_the_limit_and_none_are_said(
     percent: float, low: float | None, high: float | None, crosses: bool | None, word: str
 ) -> None:
     *_, judgement = judge_targets([with_changes(make_record(0.8), ppl=Change(percent, low, high))])

@@ -30,7 +30,7 @@ def said(make: Any, *arguments: Any, **named: Any) -> str:
 def test_the_defaults() -> None:
     assert Source() == Source(model=None, device=("auto",), dtype="float32", corpus=None)
     assert Effort() == Effort(
-        prompt_tokens=(1024,), new_tokens=32, prefill_chunk=None, samples=8, rounds=6, precision=3.0, seconds=20.0,
+        prompt_tokens=(1024,), new_tokens=16, prefill_chunk=None, samples=8, rounds=6, precision=3.0, seconds=15.0,
         scored_tokens=256,
     )  # fmt: skip
     assert Candidates().presses == tuple(KnormPress(ratio, 512, (0,)) for ratio in (1.0, 0.9, 0.8, 0.7))
