@@ -13,6 +13,7 @@ import torch
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from torch.utils import collect_env
 
 # pytester forgets what a run imports, and datasets can't be imported twice.
 import knormpress.pytest_plugin.measured
@@ -34,6 +35,14 @@ def _little_to_collect() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_list_of_packages() -> Iterator[None]:
+    """lm-evaluation-harness asks pip and others about the machine for each result: seconds, for nothing used here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", str)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
