@@ -26,6 +26,13 @@ torch.set_num_threads(1)
 
 Run = Callable[..., pytest.RunResult]
 
+SLOW = ("test_cluster.py", "test_docs.py", "test_action.py", "test_compare.py", "test_lm_eval.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files come first, so that workers of pytest-xdist end at about the same time."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_to_collect() -> None:
