@@ -13,6 +13,7 @@ import torch
 from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from torch.utils import collect_env
 
 # pytester forgets what a run imports, and datasets can't be imported twice.
 import knormpress.pytest_plugin.measured
@@ -25,6 +26,13 @@ torch.set_num_threads(1)
 
 Run = Callable[..., pytest.RunResult]
 
+SLOW = ("test_cluster.py", "test_docs.py", "test_action.py", "test_compare.py", "test_lm_eval.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files come first, so that workers of pytest-xdist end at about the same time."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_to_collect() -> None:
@@ -34,6 +42,14 @@ def _little_to_collect() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_list_of_packages() -> Iterator[None]:
+    """lm-evaluation-harness asks pip and others about the machine for each result: seconds, for nothing used here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", str)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -52,24 +52,38 @@ class Ran(NamedTuple):
 Act = Callable[..., Ran]
 
 
-@pytest.fixture
-def act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Act:
-    """Runs the shell steps up to ``last`` in a repository with a test, and after the gates whatever they said."""
-    folder = tmp_path / "repository"
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with a test, beside the model and the text of its settings."""
+    place = tmp_path_factory.mktemp("action")
+    folder = place / "repository"
     folder.mkdir()
-    monkeypatch.chdir(folder)
-    save_text(tmp_path / "text.txt")
-    settings = {"model": save_model(tmp_path / "tiny"), "corpus": tmp_path / "text.txt", "keep_ratios": 0.5}
+    save_text(place / "text.txt")
+    settings = {"model": save_model(place / "tiny"), "corpus": place / "text.txt", "keep_ratios": 0.5}
     lines = [f"knorm_{name} = {value}" for name, value in settings.items()]
-    Path("pytest.ini").write_text("\n".join(["[pytest]", *lines]), encoding="utf-8")
-    Path("test_it.py").write_text(TEST, encoding="utf-8")
+    (folder / "pytest.ini").write_text("\n".join(["[pytest]", *lines]), encoding="utf-8")
+    (folder / "test_it.py").write_text(TEST, encoding="utf-8")
     # It is installed already, so that nothing is fetched.
-    Path("requirements.txt").write_text("pytest\n", encoding="utf-8")
-    run_git("init", "-q")
+    (folder / "requirements.txt").write_text("pytest\n", encoding="utf-8")
+    run_git("init", "-q", folder=folder)
+    return folder
 
-    def run(last: str = REPORT, **given: str) -> Ran:
+
+@pytest.fixture(autouse=True)
+def _there(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+
+
+@pytest.fixture(scope="module")
+def act(repository: Path) -> Act:
+    """Runs the shell steps up to ``last`` in the current folder, and after the gates whatever they said.
+
+    What was ``installed`` is not installed again.
+    """
+
+    def run(last: str = REPORT, *, installed: bool = True, **given: str) -> Ran:
         inputs = {name: told["default"] for name, told in ACTION["inputs"].items()} | given
-        summary = tmp_path / "summary"
+        summary = repository.parent / "summary"
         summary.write_text("", encoding="utf-8")
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "KNORMPRESS_"))},
@@ -81,10 +95,10 @@ def act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Act:
         }
         statuses: dict[str, int] = {}
         printed = ""
-        for step in (step for step in STEPS if "run" in step):
+        for step in (step for step in STEPS if "run" in step and not (installed and step["run"] == INSTALL)):
             if last in statuses or (any(statuses.values()) and ("if" not in step or GATES not in statuses)):
                 continue
-            script = tmp_path / "step.sh"
+            script = repository.parent / "step.sh"
             script.write_text(step["run"], encoding="utf-8")
             done = subprocess.run(
                 ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", script],
@@ -115,52 +129,67 @@ def commit(ratio: float) -> None:
     run_git("commit", "-q", "-m", "next")
 
 
-def test_a_loss_fails_the_job_and_is_in_its_summary(act: Act) -> None:
-    commit(0.5)
-    ran = act(GATES, tests="test_it.py --knorm-method mine:method")
-    assert ran.statuses == {CHECKOUT: 0, INSTALL: 0, GATES: 0}, ran.printed
-    assert "1 no-baseline" in ran.printed
+class Gated(NamedTuple):
+    """A run without a loss, which is pinned, and a run with a loss at the next commit."""
 
-    commit(0.75)
-    ran = act(tests='-k "bytes and not none" --knorm-method mine:method', thresholds="")
-    assert ran.statuses == {CHECKOUT: 0, INSTALL: 0, GATES: 1, REPORT: 0}, ran.printed
-    assert "1 regressed" in ran.printed
-    assert "regressed" in ran.summary
+    sound: Ran
+    lossy: Ran
+
+
+@pytest.fixture(scope="module")
+def gated(repository: Path, act: Act) -> Gated:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repository)
+        commit(0.5)
+        tests = "test_it.py --knorm-method mine:method --knorm-pin HEAD --benchmark-autosave"
+        sound = act(GATES, installed=False, tests=tests)
+        commit(0.75)
+        lossy = act(tests='-k "bytes and not none" --knorm-method mine:method', thresholds="")
+    return Gated(sound, lossy)
+
+
+def test_a_loss_fails_the_job_and_is_in_its_summary(gated: Gated) -> None:
+    assert gated.sound.statuses == {CHECKOUT: 0, INSTALL: 0, GATES: 0}, gated.sound.printed
+    assert "1 no-baseline" in gated.sound.printed
+    assert gated.lossy.statuses == {CHECKOUT: 0, GATES: 1, REPORT: 0}, gated.lossy.printed
+    assert "1 regressed" in gated.lossy.printed
+    assert "regressed" in gated.lossy.summary
     assert Path("report.html").is_file()
 
 
+@pytest.mark.usefixtures("gated")
 def test_thresholds_reach_the_gate(act: Act) -> None:
-    commit(0.5)
     ran = act(GATES, tests="test_it.py", thresholds="nothing=1")
     assert "nothing" in ran.printed
     assert ran.statuses[GATES] != 0
 
 
-def test_a_checkout_without_the_commits_before_is_refused(act: Act, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit(0.5)
-    commit(0.75)
-    run_git("clone", "-q", "--depth", "1", Path.cwd().as_uri(), "shallow")
-    monkeypatch.chdir("shallow")
-    ran = act(tests="test_it.py")
+@pytest.mark.usefixtures("gated")
+def test_a_checkout_without_the_commits_before_is_refused(
+    act: Act, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_git("clone", "-q", "--depth", "1", Path.cwd().as_uri(), str(tmp_path / "shallow"))
+    monkeypatch.chdir(tmp_path / "shallow")
+    ran = act(installed=False, tests="test_it.py")
     assert ran.statuses == {CHECKOUT: 2}
     assert "::error::" in ran.printed
     assert "fetch-depth: 0" in ran.printed
 
 
-def test_runs_are_saved_and_decisions_are_left_to_git(act: Act) -> None:
+def test_runs_are_saved_and_decisions_are_left_to_git(gated: Gated) -> None:
     """A decision that was withdrawn in git would come back with the history."""
-    commit(0.5)
-    act(GATES, tests="test_it.py --knorm-pin HEAD --benchmark-autosave")
     Path(".benchmarks", "machine").mkdir()
-    Path(".benchmarks", "machine", "0001_benchmark.json").touch()
+    Path(".benchmarks", "machine", "0001_benchmark.json").write_text("{}", encoding="utf-8")
     stored = {path for path in Path(".benchmarks").rglob("*.json*") if path.is_file()}
     decisions = {path for path in stored if "decisions" in path.parts}
     assert decisions
     places = {step["uses"].partition("@")[0]: step["with"]["path"] for step in STEPS if "path" in step.get("with", {})}
     assert places["actions/cache/save"] == places["actions/cache/restore"]
     assert {*Path().glob(places["actions/cache/save"])} == stored - decisions
-    runs = {path for pattern in places["actions/upload-artifact"].split() for path in Path().glob(pattern)}
-    assert runs == {path for path in stored - decisions if path.suffix == ".jsonl"} != set()
+    uploaded = {path for pattern in places["actions/upload-artifact"].split() for path in Path().glob(pattern)}
+    runs = {path for path in stored - decisions if path.suffix == ".jsonl"}
+    assert runs
+    assert uploaded == {Path("report.html"), *runs}
 
 
 def test_no_input_becomes_code() -> None:

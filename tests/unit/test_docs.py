@@ -19,6 +19,8 @@ import torch
 import typer
 import yaml
 from _pytest.config import get_config
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 import knormpress.measure.latency
 import knormpress.workload.corpora
@@ -28,8 +30,11 @@ import tests.quality.conftest
 from knormpress import KnormPress
 from knormpress.cache.fingerprint import model_fingerprint
 from knormpress.cli.app import app, main
+from knormpress.measure import options
 from knormpress.policy import plan as plan_file
 from knormpress.records.plan import write_plan
+from knormpress.show.page import report
+from knormpress.tune import search, texts
 from knormpress.workload.models import load_model
 from tests.plan_factory import make_plan
 from tests.tiny_folder import save_model, save_text
@@ -208,14 +213,26 @@ def test_commands_are_known(path: Path, parser: pytest.Parser) -> None:
             check_command(words, parser)
 
 
-QUICK = ["--rounds", "1", "--seconds", "0", "--new-tokens", "2", "--samples", "1"]
 MADE_QUICK = {
-    "sweep": QUICK,
-    "baseline": QUICK,
+    "sweep": ["--quick"],
+    "baseline": ["--quick"],
     "tune": ["--minutes", "1", "--context", "512"],
     "lm-eval": ["--limit", "1"],
 }
-"""What commands get where a page leaves it open, so that they take seconds: of two equal options the last holds."""
+"""What commands get so that they take seconds: of two equal options the last holds, which is that of the page."""
+
+
+@pytest.fixture
+def _quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run and one text, also where a page asks for more, and a short search. What is drawn has its own tests."""
+    for name, number in {"rounds": 1, "new_tokens": 2, "samples": 1}.items():
+        monkeypatch.setitem(options._QUICK, name, number)
+    for name in ("CALIBRATION_TEXTS", "HELD_OUT_TEXTS"):
+        monkeypatch.setattr(texts, name, 1)
+    for name in ("_COMPARED", "_UNIFORM", "_OTHER_RATIOS"):
+        monkeypatch.setattr(search, name, (0.5,))
+    monkeypatch.setattr(report, "inline_svg", lambda chart, identifier: Markup("<svg></svg>"))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: path.touch())
 
 
 class Shown(NamedTuple):
@@ -248,6 +265,7 @@ def runs_by_page() -> dict[Path, list[Shown]]:
 RUNS = runs_by_page()
 
 
+@pytest.mark.usefixtures("_quicker")
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_commands_of_knormpress_run(
     path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -257,7 +275,7 @@ def test_commands_of_knormpress_run(
         if module := re.match(r"# (\w+\.py)\n", block.text):
             (folder / module[1]).write_text(block.text, encoding="utf-8")
     if path.name == "your-own-method.md":  # it continues from the README's sweep
-        assert main(["sweep", *QUICK, "--keep-ratios", "0.9"]) == 0
+        assert main(["sweep", *MADE_QUICK["sweep"], "--keep-ratios", "0.9"]) == 0
     if path.name == "lm-eval.md":
         run_python(of(path, "python")[:1], path.name, capsys)
     try:

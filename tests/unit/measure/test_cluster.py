@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from knormpress.methods.method import Method
 from knormpress.progress import Progress
 from knormpress.records.jsonl import read_records
 from knormpress.records.schema import Record
+from knormpress.show.progress import TerminalProgress
 
 ROOT = Path(__file__).parents[3]
 
@@ -116,8 +118,8 @@ def settings(model_folder: Path) -> SweepSettings:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Any]:
-    """A cluster of two nodes with a CPU each, to which workers come with the modules of the tests."""
+def head() -> Iterator[Any]:
+    """A cluster of one node with a CPU, to which workers come with the modules of the tests."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -129,9 +131,15 @@ def nodes() -> Iterator[Any]:
         # Without what these tests don't look at, it is there sooner.
         lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_name": "first", **lean})
-        cluster.add_node(num_cpus=1, node_name="second")
         yield cluster
         cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes(head: Any) -> Any:
+    """The same cluster, from here on of two nodes."""
+    head.add_node(num_cpus=1, node_name="second")
+    return head
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +150,57 @@ def alone(settings: SweepSettings, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def cells(records: list[Record]) -> list[tuple[int, float]]:
     return [(record.conditions.prompt_tokens, record.policy.keep_ratio) for record in records]
+
+
+class TestStopped:
+    pytestmark = with_ray
+
+    def test_a_driver_that_was_stopped_leaves_no_worker_and_goes_on(
+        self,
+        head: Any,
+        settings: SweepSettings,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Killed, then interrupted. A worker that was left would hold the CPU, and the next driver wait for ever."""
+        path = tmp_path / "results.jsonl"
+        words = {"model": settings.source.model, "corpus": settings.source.corpus, "device": "cpu", "output": tmp_path}
+        words |= {"plan": "none", "keep_ratios": 0.5, "prune_after": 16, "prompt_tokens": "320,352,384"}
+        words |= {"new_tokens": 3, "tasks": "none", "samples": 1, "rounds": 1, "seconds": 0, "ray": head.address}
+        sweep = ["sweep", *(word for name, value in words.items() for word in (f"--{name}", str(value)))]
+        driver = subprocess.Popen([sys.executable, "-m", "knormpress", *sweep], stderr=subprocess.PIPE, text=True)
+        limit = time.monotonic() + 600
+        while not path.exists() and driver.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        driver.kill()
+        _, errors = driver.communicate(timeout=120)
+        assert path.exists(), errors
+        before = list(read_records(path))
+        assert 1 <= len(before) < 3
+
+        timers: list[Timer] = []
+
+        def interrupt_soon(self: TerminalProgress, done: int, total: int, doing: str) -> None:
+            """Once a worker measures, and the driver waits for it."""
+            if doing == "first: loading the model" and not timers:
+                timers.append(Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)))
+                timers[0].start()
+
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with monkeypatch.context() as patched:
+            patched.setattr(TerminalProgress, "step", interrupt_soon)
+            status = main(sweep)
+        signal.signal(signal.SIGINT, handler)
+        assert status == 130
+        errors = capsys.readouterr().err
+        assert errors.splitlines()[-1].startswith(f"stopped: finished cells are kept in {path}")
+        assert "Traceback" not in errors
+
+        assert main(sweep) == 0
+        records = list(read_records(path))
+        assert records[: len(before)] == before
+        assert sorted(cells(records)) == [(320, 0.5), (352, 0.5), (384, 0.5)]
 
 
 class TestOnCluster:
@@ -191,66 +250,27 @@ class TestOnCluster:
         with pytest.raises(KnormError, match=r"^(first|second): .*lost.*try 1 of 1"):
             run_on_cluster(shorter(dying(settings)), tmp_path / "results.jsonl", address=nodes.address)
 
-    @pytest.mark.parametrize(
-        ("source", "message"),
-        [
-            ({"device": ("cpu", "cuda")}, "^device is cuda, .*no GPU.*first, second"),
-            ({"model": "no/such/model"}, "(first|second): .*no/such/model"),
-        ],
-    )
-    def test_what_no_node_can_measure_is_told_of(
-        self, nodes: Any, settings: SweepSettings, tmp_path: Path, source: dict[str, Any], message: str
-    ) -> None:
-        wrong = shorter(replace(settings, source=replace(settings.source, **source)))
-        with pytest.raises(KnormError, match=message) as raised:
-            run_on_cluster(wrong, tmp_path / "results.jsonl", address=nodes.address)
-        assert "\n" not in str(raised.value)
-        assert list(tmp_path.iterdir()) == []
+    def test_what_no_node_can_measure_is_told_of(self, nodes: Any, settings: SweepSettings, tmp_path: Path) -> None:
+        refused(settings, ("cpu", "cuda"), nodes, tmp_path, "^device is cuda, .*no GPU.*first, second")
 
     def test_a_node_whose_torch_lacks_its_device_is_named(
         self, nodes: Any, settings: SweepSettings, tmp_path: Path
     ) -> None:
+        """What else a worker can't do, as loading a model that isn't there, is told in the same way."""
         if torch.cuda.is_available():
             pytest.skip("a GPU is here")
         third = nodes.add_node(num_cpus=1, num_gpus=1, node_name="third")
-        wrong = shorter(replace(settings, source=replace(settings.source, device=("cuda",))))
-        with pytest.raises(KnormError, match=r"^third: device 'cuda' can't be used"):
-            run_on_cluster(wrong, tmp_path / "results.jsonl", address=nodes.address)
+        refused(settings, ("cuda",), nodes, tmp_path, r"^third: device 'cuda' can't be used")
         nodes.remove_node(third)
 
-    @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-    def test_a_driver_that_was_stopped_leaves_no_worker_and_goes_on(
-        self, nodes: Any, settings: SweepSettings, tmp_path: Path, stop: signal.Signals
-    ) -> None:
-        path = tmp_path / "results.jsonl"
-        words = {"model": settings.source.model, "corpus": settings.source.corpus, "device": "cpu", "output": tmp_path}
-        words |= {
-            "plan": "none",
-            "keep_ratios": 0.5,
-            "prune_after": 16,
-            "prompt_tokens": "320,352,384",
-            "new_tokens": 3,
-        }
-        words |= {"tasks": "none", "samples": 1, "rounds": 1, "seconds": 0, "ray": nodes.address}
-        sweep = ["sweep", *(word for name, value in words.items() for word in (f"--{name}", str(value)))]
-        driver = subprocess.Popen([sys.executable, "-m", "knormpress", *sweep], stderr=subprocess.PIPE, text=True)
-        limit = time.monotonic() + 600
-        while not path.exists() and driver.poll() is None and time.monotonic() < limit:
-            time.sleep(0.05)
-        driver.send_signal(stop)
-        _, errors = driver.communicate(timeout=120)
-        if stop == signal.SIGINT:
-            assert driver.returncode == 130
-            assert errors.splitlines()[-1].startswith(f"stopped: finished cells are kept in {path}")
-            assert "Traceback" not in errors
-        assert path.exists(), errors
-        before = list(read_records(path))
-        assert 1 <= len(before) < 3
-        # Workers that were left would hold the CPUs, and these would wait for ever.
-        assert main(sweep) == 0
-        records = list(read_records(path))
-        assert records[: len(before)] == before
-        assert sorted(cells(records)) == [(320, 0.5), (352, 0.5), (384, 0.5)]
+
+def refused(settings: SweepSettings, devices: tuple[str, ...], nodes: Any, folder: Path, message: str) -> None:
+    """The sweep on these devices ends with one line, and leaves nothing."""
+    wrong = shorter(replace(settings, source=replace(settings.source, device=devices)))
+    with pytest.raises(KnormError, match=message) as raised:
+        run_on_cluster(wrong, folder / "results.jsonl", address=nodes.address)
+    assert "\n" not in str(raised.value)
+    assert list(folder.iterdir()) == []
 
 
 def dying(settings: SweepSettings) -> SweepSettings:

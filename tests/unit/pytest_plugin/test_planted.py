@@ -15,6 +15,7 @@ from knormpress.measure.losses import LOSSES
 from knormpress.workload.models import load_model
 from tests.record_factory import make_retrieval
 from tests.unit.conftest import Run
+from tests.unit.pytest_plugin.conftest import Stored
 
 TESTS = """
 def test_bytes(knorm_memory, knorm_method):
@@ -75,26 +76,26 @@ def test_without_a_loss_nothing_is_planted(planted: Planted) -> None:
     assert set(told) == {"test_bytes", "test_cost", "test_quality"}
 
 
-@pytest.mark.parametrize(
-    ("loss", "test", "said"),
-    [
-        ("bytes", "test_bytes", "regressed: bytes +5."),
-        ("host-read", "test_cost", "host_reads prefill +"),
-        ("never-evicts", "test_bytes", "so nothing was pruned"),
-        ("never-evicts", "test_quality", "predicts exactly what the full cache does"),
-    ],
-)
-def test_each_loss_is_seen_by_the_test_that_measures_it(planted: Planted, loss: str, test: str, said: str) -> None:
-    planted(None)
-    told = planted(loss, test)
-    assert set(told) == failed(told) == {test}
-    assert said in told[test]
-    # It is taken out again.
+LOST = [
+    ("bytes", "test_bytes", "regressed: bytes +5."),
+    ("host-read", "test_cost", "host_reads prefill +"),
+    ("never-evicts", "test_bytes", "so nothing was pruned"),
+    ("never-evicts", "test_quality", "predicts exactly what the full cache does"),
+]
+
+
+def test_each_loss_is_seen_by_the_test_that_measures_it(planted: Planted, stored: Stored) -> None:
+    stored("planted", lambda: planted(None))
+    for loss, test, said in LOST:
+        told = planted(loss, test)
+        assert set(told) == failed(told) == {test}
+        assert said in told[test]
+    # They are taken out again.
     assert failed(planted(None)) == set()
 
 
-def test_a_loss_changes_nothing_else(planted: Planted) -> None:
-    planted(None)
+def test_a_loss_changes_nothing_else(planted: Planted, stored: Stored) -> None:
+    stored("planted", lambda: planted(None))
     assert "test_quality" not in failed(planted("bytes"))
     for loss, test in (("host-read", "test_cost"), ("decode-time", ""), ("retrieval", "")):
         assert failed(planted(loss)) <= {test}

@@ -10,6 +10,7 @@ from knormpress.cache.cache import KnormCache
 from knormpress.cache.layer import KnormLayer
 from knormpress.measure import quality
 from tests.unit.conftest import Run
+from tests.unit.pytest_plugin.conftest import Stored
 
 HARNESS = """
 def test_bytes(knorm_memory, knorm_press):
@@ -28,9 +29,9 @@ def lines(result: pytest.RunResult) -> str:
 
 
 @pytest.fixture
-def after_a_sound_run(run: Run) -> Run:
+def after_a_sound_run(run: Run, stored: Stored) -> Run:
     """The harness has stored a sound run; what is run next is compared with it."""
-    run(HARNESS, "--knorm-compare", **WIDE).assert_outcomes(passed=6)
+    stored("sound", lambda: run(HARNESS, "--knorm-compare", **WIDE).assert_outcomes(passed=6))
     return run
 
 
