@@ -11,11 +11,15 @@ from knormpress.compare.settings import comparable, newest
 from knormpress.records.schema import Record, ratio_label
 from knormpress.stats.intervals import Change, percent
 
-__all__ = ["Judgement", "judge_claims", "judge_targets", "losses"]
+__all__ = ["UNSURE", "Judgement", "judge_claims", "judge_targets", "losses"]
 
 _CLAIMS = {0.9: (-87, -8), 0.8: (-89, -9), 0.7: (-90, -9)}  # keep ratio: TTFT and throughput in %; PPL is +-0 % at each
 _WHY_THROUGHPUT = "throughput: the guide reports a loss of 8 to 9 %; here the measured loss is larger."
 _WHY_PPL = "PPL: a change of 0 comes from scoring with a cache that was never pruned; here the pruned cache is scored."
+
+
+UNSURE = "~ the interval crosses the limit, or there is none: measured again, it may be otherwise."
+"""What the sign in ``Judgement.word`` says."""
 
 
 @dataclass(frozen=True)

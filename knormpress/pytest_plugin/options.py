@@ -63,7 +63,7 @@ OPTIONS = {
         _shared("plan", "", "Plan of knormpress tune in place of the keep ratios; auto for the one of the package."),
         _shared("method"),
         _shared("precision"),
-        _shared("seconds"),
+        _shared("seconds", 20.0),
         Option("pin", "", "Commit that --knorm-compare also compares with, now and later; none ends that.", str),
         Option("thresholds", "", "Losses in % that --knorm-compare allows, such as tpot=5,bytes=0.5.", str),
     )

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from knormpress.compare.promises import Judgement, judge_claims, judge_targets, losses
+from knormpress.compare.promises import UNSURE, Judgement, judge_claims, judge_targets, losses
 from knormpress.compare.settings import group_records
 from knormpress.records.figures import Counted, Phase, Speed
 from knormpress.records.schema import Record
@@ -254,7 +254,7 @@ def _beyond_the_mean(records: Sequence[Record]) -> Table:
             "decoded\nPPL change",
         ),
         "Long-range: over the tokens that need what is far away. Decoded: pruned at new tokens too, as when they are "
-        "generated.",
+        "generated; behind a reused context the same as in the plan's own row.",
     )
     for record in records:
         quality = record.quality
@@ -297,11 +297,10 @@ def _aligned(values: Sequence[float]) -> list[str]:
 
 
 def _verdicts(verdicts: Sequence[Judgement]) -> Table:
-    close = any(verdict.crosses for verdict in verdicts)
     table = _table(
         "The guide's targets and claims",
         ("", "", "keep ratio", "wanted", "measured", "95 % interval", "verdict"),
-        "~ the interval crosses the limit: another measurement may have the other result." if close else None,
+        None if all(verdict.is_sure for verdict in verdicts) else UNSURE,
     )
     for column in (0, 1, -1):
         table.columns[column].justify = "left"

@@ -1,8 +1,8 @@
 """The plans beside uniform ratios and kvpress's presses that keep as many tokens: what each costs, and what each finds.
 
 One table and its picture, made with ``--peers-table FILE``; no gate. Bytes and TPOT are measured behind a long context,
-TTFT, perplexity and retrieval behind the usual ones, on documents and items that the plans were not tuned on if
-``--knorm-corpus`` names the text that they were tuned on.
+TTFT, perplexity and retrieval behind the usual ones, on documents and items that a search leaves out, so that the plans
+were not tuned on them if ``--knorm-corpus`` names the text that they were tuned on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from knormpress import KnormCache, KnormError, KnormPress
 from knormpress.measure.memory import cache_bytes
 from knormpress.measure.pairs import in_turn
 from knormpress.measure.prefill import prefill
+from knormpress.measure.quality import measure_quality
 from knormpress.methods.full import FullCache
 from knormpress.methods.registry import make_method
 from knormpress.show.pictures.style import DPI
 from knormpress.stats.intervals import ratio_change
+from knormpress.tune.texts import split
+from tests.perf.conftest import interval
 from tests.perf.drawn import Peer, draw_peers
 from tests.perf.test_targets import copy_of, decoding
 
@@ -31,6 +34,7 @@ KVPRESS = ("Knorm", "KeyDiff", "ExpectedAttention", "SnapKV", "TOVA", "Streaming
 WANT_THE_QUESTION = ("SnapKV", "TOVA")
 UNIFORM = (0.98, 0.95)
 TASKS = ("multikey-prose", "list", "json", "multikey-filler")
+CONTEXT = 1_024
 PICTURE = "knormpress_peers.png"
 
 
@@ -60,31 +64,33 @@ def write(pytestconfig):
 
 
 @pytest.fixture
-def candidates(knorm_bench, without_attention_of_kvpress):
+def candidates(write, knorm_bench, without_attention_of_kvpress):
     """Each method by its name, with its policy."""
-    pytest.importorskip("kvpress")
+    found = {}
     try:
         best, norms = (KnormPress.for_model(knorm_bench.model, scores=scores) for scores in (None, ("knorm",)))
+        equal = KnormPress(round(best.mean_keep, 3), skip_layers=())
+        for name in KVPRESS:
+            mark = " *" if name in WANT_THE_QUESTION else ""
+            found[f"kvpress's {name}{mark}"] = (make_method(f"kvpress:{name}Press", equal), equal)
     except KnormError as error:
-        pytest.skip(str(error))
-    equal = KnormPress(round(best.mean_keep, 3), skip_layers=())
-    found = {"plan, any score": (best, best), "plan, key norms": (norms, norms)}
-    for keep in (*UNIFORM, equal.keep_ratio):
-        found[f"keep {keep} in every layer"] = (KnormPress(keep, skip_layers=()),) * 2
-    for name in KVPRESS:
-        mark = " *" if name in WANT_THE_QUESTION else ""
-        found[f"kvpress's {name}{mark}"] = (make_method(f"kvpress:{name}Press", equal), equal)
+        # Whoever asks for the table gets it, or is told why not.
+        raise pytest.UsageError(f"--peers-table: {error}") from error
+    uniform = [KnormPress(keep, skip_layers=()) for keep in UNIFORM]
+    ours = {"plan, any score": best, "plan, key norms": norms}
+    ours |= {f"keep {press.keep_ratio} in every layer": press for press in (*uniform, equal)}
     without_attention_of_kvpress()
-    return found
+    return {name: (press, press) for name, press in ours.items()} | found
 
 
-def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_quality, knorm_retrieval, write, quick):
+def test_the_plans_beside_others_of_their_size(write, knorm_bench, candidates, knorm_retrieval, quick):
     model, tokens = knorm_bench.model, 1_300 if quick else 8_000
     methods, policies = (list(each) for each in zip(*candidates.values(), strict=True))
-    quality = knorm_quality(methods)
+    _, held_out = split(knorm_bench, context=CONTEXT, with_items=False)
+    quality = measure_quality(model, methods, held_out.documents[: 1 if quick else None], context=CONTEXT)
     retrieval = knorm_retrieval(methods, tasks=TASKS, texts=1 if quick else 4)
     (ids,) = knorm_bench.documents(length=tokens, count=1)
-    first_tokens = timed_first_tokens(model, methods, ids[:, : 600 if quick else 2_000], rounds=1 if quick else 4)
+    first_tokens = timed_first_tokens(model, methods, ids[:, : 600 if quick else 2_000], rounds=1 if quick else 6)
     with torch.inference_mode():
         full = DynamicCache(config=model.config)
         prefill(model, ids, full)
@@ -109,7 +115,7 @@ def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_qu
                 held=held,
                 ttft=first_tokens[number],
                 tpot=ratio_change(pairs.baseline, pairs.candidate),
-                ppl=quality[number].quality.ppl,
+                ppl=quality[number].ppl,
                 found=retrieval[number].retrieval.share,
                 nll_rise=retrieval[number].retrieval.nll_rise,
             )
@@ -120,8 +126,7 @@ def test_the_plans_beside_others_of_their_size(knorm_bench, candidates, knorm_qu
 
 def row(peer):
     times = [
-        f"{1 + change.percent / 100:.2f} ({1 + change.ends[0] / 100:.2f}..{1 + change.ends[1] / 100:.2f})"
-        for change in (peer.ttft, peer.tpot)
+        f"{1 + change.percent / 100:.2f} ({interval(change) or 'no interval'})" for change in (peer.ttft, peer.tpot)
     ]
     quality = [f"{peer.ppl} ({peer.ppl.interval})", f"{peer.found}: {peer.found.percent}", f"{peer.nll_rise:+.2f}"]
     return [peer.name, f"{peer.mean_keep:.3f}", f"{peer.held:.3f}", *times, *quality]

@@ -42,14 +42,17 @@ class SlowerByATenth:
 
 
 def test_decoding_slower_by_a_tenth_is_seen(knorm_bench, quick):
-    """Judged as two stored runs are, sound and slower in turn, with more pairs for as long as the verdict is noise."""
+    """Judged as stored runs are, with more pairs for as long as the verdict is noise.
+
+    Unlike stored runs, both are timed beside the same runs of the full cache; what another speed of the machine does to
+    runs that are not is simulated, see ``tests.simulated``.
+    """
     if quick:
         pytest.skip("a tenth is seen in long measurements only")
     (prompt,) = knorm_bench.documents(length=64, count=1)
     sound = KnormPress(0.9, prune_after=32)
     before, now = [], []
     for _ in range(MOST_TURNS):
-        # Both beside the same runs of the full cache: what the machine does to one it does to the other.
         timed = measure_latency(knorm_bench.model, [sound, SlowerByATenth(sound)], prompt, new_tokens=16, rounds=PAIRS)
         for side, latency in zip((before, now), timed, strict=True):
             side.append(make_entry(parts=()).model_copy(update={"latency": latency}))

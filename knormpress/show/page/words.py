@@ -139,8 +139,9 @@ def _statement(title: str, what: str, verdicts: Sequence[Judgement], sentence: C
     verdicts = [verdict for verdict in verdicts if verdict.what == what]
     met = [verdict.label for verdict in verdicts if verdict.met]
     missed = [verdict.label for verdict in verdicts if not verdict.met]
-    tone: Tone = "bad" if not met else "unsure" if missed else "good"
-    word = "not met" if not met else "partly met" if missed else "met"
+    sure = all(verdict.is_sure for verdict in verdicts)
+    tone: Tone = "bad" if not met else "good" if sure and not missed else "unsure"
+    word = "not met" if not met else "partly met" if missed else "met" if sure else "met ~"
     name = _TARGETS[what][0] if "target" in title else f"The claim about {_NAMES[what]}"
     parts = [f"{text} at {listed(labels)}" for text, labels in (("met", met), ("not met", missed)) if labels]
     lines = tuple(Line(_tone(verdict), verdict.word, sentence(verdict)) for verdict in verdicts)

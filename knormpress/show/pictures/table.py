@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from knormpress.compare.promises import Judgement, judge_claims, judge_targets
+from knormpress.compare.promises import UNSURE, Judgement, judge_claims, judge_targets
 from knormpress.records.schema import Record
 from knormpress.show.pictures.style import GREY, WIDTH, add_footer, add_heading, new_figure, pretty, three_digits
 from knormpress.show.sweep_table import below_the_cache
@@ -137,7 +137,7 @@ def _full_cache(records: Sequence[Record]) -> str:
 def _notes(verdicts: Sequence[Judgement], records: Sequence[Record]) -> list[str]:
     notes = below_the_cache(records)
     if not all(verdict.is_sure for verdict in verdicts):
-        notes.append("~ the interval crosses the limit, or there is none: measured again, it may be otherwise.")
+        notes.append(UNSURE)
     reasons = dict.fromkeys(verdict.why for verdict in verdicts if verdict.why is not None)
     for reason in reasons:
         notes += textwrap.wrap(pretty(reason), _WRAP)

@@ -117,6 +117,12 @@ def test_verdicts_are_words() -> None:
     assert f"claim PPL 0.9 +-0 % {ppl} {ppl.interval} not met" in lines
 
 
+def test_a_verdict_without_an_interval_has_a_sign_that_is_explained() -> None:
+    sure, unsure = (printed([make_record(0.9, documents=count, noise=0.0)]) for count in (8, 3))
+    assert (" ~" in sure, "there is none" in sure) == (False, False)
+    assert (" ~" in unsure, "there is none" in unsure) == (True, True)
+
+
 def test_a_reason_is_given_once_and_only_for_a_claim_that_is_not_met() -> None:
     records = make_records([0.9, 0.8, 0.7], ttft_cold_s=1.7)
     text = " ".join(printed(records).split())
