@@ -18,8 +18,8 @@ from knormpress.workload.tasks.draw import LENGTHS
 from knormpress.workload.tasks.haystack import haystacks
 
 HALF = KnormPress(0.5)
-TEXTS = 6
-MORE_TEXTS = 10
+# With fewer texts random is not sure to fail under the plan, and no task would gate. Passkeys never do.
+GATING_TASKS, TEXTS = ("multikey-prose", "list", "json"), 10
 TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "multikey-filler", "passkey")
 LONGER, LONGER_TEXTS = (2_048, 4_096), 2
 
@@ -30,7 +30,7 @@ def found(plan, knorm_retrieval):
     methods = {"plan": plan, "keep 0.5": HALF, "swapped": swapped(plan)}
     for name, press in (("plan", plan), ("keep 0.5", HALF)):
         methods |= {f"{name}, {control}": method for control, method in retrieval_controls(press).items()}
-    found = dict(zip(methods, knorm_retrieval(list(methods.values()), texts=TEXTS), strict=True))
+    found = dict(zip(methods, knorm_retrieval(list(methods.values()), tasks=GATING_TASKS, texts=TEXTS), strict=True))
     for name, result in found.items():
         print(f"\n{name}: {result.retrieval.share} ({result.retrieval.share.ends})")
     return found
@@ -82,7 +82,7 @@ def test_the_table_of_what_is_found(plan, knorm_bench, knorm_retrieval, write_ta
     methods[f"plan of key norms, {norms.mean_keep:.3f}"] = norms
     methods[f"plan, {plan.mean_keep:.3f}"] = plan
     methods["random under the plan"] = make_method("random", plan)
-    asked = knorm_retrieval(list(methods.values()), tasks=TABLE_TASKS, texts=MORE_TEXTS)
+    asked = knorm_retrieval(list(methods.values()), tasks=TABLE_TASKS, texts=TEXTS)
     found = [result.retrieval for result in asked]
     tasks = [f"{task} ({found[0].of(task).share.known}/{count})" for task, count in found[0].asked.items()]
     rows = [["policy", *tasks, "all", "rise of the NLL"]]
