@@ -108,6 +108,7 @@ def _row(page: _Page, top: float, record: Record) -> None:
 def _verdict(page: _Page, top: float, verdict: Judgement) -> None:
     word = {
         "horizontalalignment": "center",
+        "fontsize": 7.0,  # so that "not met ~" stays in its column
         "fontweight": "bold",
         "color": _DARK_GREEN if verdict.met else _DARK_RED,
     }
