@@ -36,7 +36,7 @@ def judge_retrieval(method: Retrieval, controls: Mapping[str, Retrieval], wanted
 
     Args:
         method: what the method found.
-        controls: what methods found that must be worse, under the same policy and on the same items.
+        controls: what methods found that must be worse, with as many tokens kept and on the same items.
         wanted: the share, in (0, 1].
 
     A task gates only if the full cache solves enough of it, and if every control fails it: what a random choice of
@@ -68,5 +68,5 @@ def _why_not(task: str, method: Retrieval, controls: Mapping[str, Retrieval], wa
     for name, control in controls.items():
         share = control.of(task).share
         if share_gate(share, wanted) != "fail":
-            return f"{name} at the same ratio finds {share}, so the task does not tell it from a method"
+            return f"{name} with as many tokens kept finds {share}, so the task does not tell it from a method"
     return ""

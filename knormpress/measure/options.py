@@ -182,7 +182,7 @@ class Source:
         return self.device[0]
 
 
-_QUICK = {"rounds": 2, "new_tokens": 8, "samples": 1, "texts": 1}
+_QUICK = {"rounds": 2, "new_tokens": 8, "samples": 1, "scored_tokens": 128, "texts": 1}
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Effort:
                 raise KnormError(f"{name} is {number}; wanted a number of at least 0")
 
     def quick(self) -> Effort:
-        """At most two pairs of runs of 8 new tokens for each cell, one document, and one text for each task."""
+        """At most two pairs of runs of 8 new tokens for each cell, 128 scored tokens, and one text for each task."""
         few = {name: min(getattr(self, name), most) for name, most in _QUICK.items()}
         return replace(self, seconds=0.0, **few)
 

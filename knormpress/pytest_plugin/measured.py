@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,17 @@ def retrieve(
 
 
 def retrieval_controls(policy: Policy) -> dict[str, Method]:
-    """The methods that must find less than any good one, under the same policy; none where it drops nothing."""
+    """The methods that must find less than any good one, and keep as many tokens; none where ``policy`` drops nothing.
+
+    In place of a ratio for each layer they have the mean in every layer. How a plan spreads the tokens over the layers
+    is a part of what is gated: a random choice that is spread alike still finds half of what the full cache does.
+    """
     if not policy.drops:
         return {}
-    return {name: make_method(name, KnormPress.of(policy)) for name in CONTROLS}
+    press = KnormPress.of(policy)
+    if policy.layer_keep_ratios is not None:
+        press = replace(press, keep_ratio=policy.mean_keep, skip_layers=(), layer_keep_ratios=None, layer_scores=None)
+    return {name: make_method(name, press) for name in CONTROLS}
 
 
 def run_tasks(

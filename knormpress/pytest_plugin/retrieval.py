@@ -58,8 +58,8 @@ def knorm_retrieval_gate(
     """Let the test pass only if a method finds ``--knorm-retrieval-share`` of what the full cache finds.
 
     Called as ``knorm_retrieval_gate(method, tasks=None, texts=8)``, or with results of ``knorm_retrieval`` as
-    ``knorm_retrieval_gate(result, controls={name: result})``. ``random`` and ``recent-window`` are asked the same under
-    the same policy. A task which one of them passes, or which the full cache hardly solves, decides nothing; the
+    ``knorm_retrieval_gate(result, controls={name: result})``. ``random`` and ``recent-window`` are asked the same, with
+    as many tokens kept. A task which one of them passes, or which the full cache hardly solves, decides nothing; the
     test says so. The whole 95 % interval (Wilson's) decides, as in ``knorm_gate``.
     """
     wanted = number(request.config, "retrieval_share")

@@ -10,7 +10,7 @@ import pytest
 
 from knormpress import KnormError, KnormPress
 
-_TABLES = ("retrieval", "longer contexts")
+_TABLES = ("retrieval", "more texts", "longer contexts")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

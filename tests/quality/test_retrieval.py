@@ -13,7 +13,7 @@ from knormpress.measure.quality import measure_quality
 from knormpress.measure.retrieval import measure_retrieval
 from knormpress.methods.registry import make_method
 from knormpress.pytest_plugin.measured import retrieval_controls
-from knormpress.tune.texts import TASKS, split
+from knormpress.tune.texts import SCORED, TASKS, split
 from knormpress.workload.tasks.draw import LENGTHS
 from knormpress.workload.tasks.haystack import haystacks
 
@@ -21,7 +21,11 @@ HALF = KnormPress(0.5)
 # Enough for the plan's gate to be decided. Passkeys would not gate: random finds them too.
 GATING_TASKS, TEXTS = ("multikey-prose", "list", "json"), 10
 TABLE_TASKS = ("single-prose", "multikey-prose", "list", "json", "turns", "multikey-filler", "passkey")
+CONTEXT = 1_024
 LONGER, LONGER_TEXTS = (2_048, 4_096), 2
+# So many that an interval can decide whether a plan is within +2 % and finds 90 %.
+MORE_DOCUMENTS, MORE_TEXTS = 40, 28
+SHRUNK = (0.40, 0.30, 0.20)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +119,37 @@ def test_the_table_behind_longer_contexts(plan, knorm_bench, write_table):
             rows.append([f"{context:,}", name, ppl, share, f"{retrieval.nll_rise:+.2f}"])
             print(*rows[-1])
     write_table("longer contexts", rows)
+
+
+def test_the_table_on_more_texts(plan, knorm_bench, write_table):
+    """On other documents and other facts than the tables above and any search; and the plan shrunk to smaller sizes."""
+    norms = KnormPress.for_model(knorm_bench.model, scores=("knorm",))
+    tried = {f"plan of key norms, {norms.mean_keep:.3f}": norms, f"plan, {plan.mean_keep:.3f}": plan}
+    for keep in SHRUNK:
+        ratios = tuple(ratio * keep / plan.mean_keep for ratio in plan.layer_keep_ratios)
+        tried[f"the same, every ratio smaller, {keep:.3f}"] = replace(plan, layer_keep_ratios=ratios)
+    presses = list(tried.values())
+    documents = unseen(knorm_bench, MORE_DOCUMENTS)
+    scored = measure_quality(knorm_bench.model, presses, documents, context=CONTEXT)
+    texts = haystacks(knorm_bench, TASKS, count=MORE_TEXTS, seed=1)
+    asked = measure_retrieval(knorm_bench.model, presses, texts)
+    rows = [["policy", f"PPL, {len(documents)} documents", "found", "rise of the NLL"]]
+    for name, quality, retrieval in zip(tried, scored, asked, strict=True):
+        ppl, share = f"{quality.ppl} ({quality.ppl.interval})", f"{retrieval.share}: {retrieval.share.percent}"
+        rows.append([name, ppl, share, f"{retrieval.nll_rise:+.2f}"])
+    write_table("more texts", rows)
+
+
+def unseen(bench, count):
+    """At most ``count`` documents of the half of the text in which no search hides facts; none that a search scores."""
+    held_out = replace(bench, ids=bench.ids[len(bench.ids) // 2 :])
+    calibration, _ = split(bench, context=CONTEXT, with_items=False)
+    seen = {run for document in calibration.documents for run in runs(document)}
+    documents = held_out.documents(length=CONTEXT + SCORED + 1, count=count)
+    return [document for document in documents if seen.isdisjoint(runs(document))]
+
+
+def runs(document):
+    """Every 32 tokens in a row."""
+    ids = document[0].tolist()
+    return {tuple(ids[start : start + 32]) for start in range(len(ids) - 31)}

@@ -41,7 +41,7 @@ def test_quick_is_never_more_than_was_asked_for() -> None:
     quick = Effort().quick()
     assert (quick.rounds, quick.seconds, quick.samples, quick.texts) == (2, 0.0, 1, 1)
     less = Effort(rounds=1, samples=1, new_tokens=4)
-    assert less.quick() == Effort(rounds=1, samples=1, new_tokens=4, texts=1, seconds=0.0)
+    assert less.quick() == Effort(rounds=1, samples=1, new_tokens=4, scored_tokens=128, texts=1, seconds=0.0)
 
 
 @pytest.mark.parametrize("group", GROUPS)
