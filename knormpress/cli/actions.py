@@ -67,8 +67,15 @@ def measure_cells(
         return list(run(settings, path, fresh=fresh, progress=progress))
 
 
-def search_plan(targets: Targets, source: Source, path: Path, *, fresh: bool, **how: Any) -> Plan:
+def search_plan(
+    targets: Targets, source: Source, path: Path, *, fresh: bool, ray: str | None = None, **how: Any
+) -> Plan:
     """Search for a plan with ``tune.search.tune``, which writes it to ``path``; ``how`` are its other arguments.
+
+    Args:
+        targets, path, fresh: see there.
+        source: the model and the text.
+        ray: the address of a Ray cluster to measure on, see ``tune.cluster.tune_on_cluster``; None for this process.
 
     Raises:
         KnormError: the name of ``path`` doesn't end in .json, by which ``plot`` and ``report`` recognise a plan.
@@ -76,6 +83,7 @@ def search_plan(targets: Targets, source: Source, path: Path, *, fresh: bool, **
     """
     if path.suffix != ".json":
         raise KnormError(f"--output is {str(path)!r}; wanted a file whose name ends in .json, such as plan.json")
+    from knormpress.tune.cluster import tune_on_cluster
     from knormpress.tune.search import tune
     from knormpress.workload.bench import Bench
     from knormpress.workload.corpora import load_corpus
@@ -83,6 +91,8 @@ def search_plan(targets: Targets, source: Source, path: Path, *, fresh: bool, **
 
     stopped = f"the measurements are kept beside {path}, and {_again(fresh)} continues from there"
     with _stoppable(stopped), TerminalProgress() as progress:
+        if ray is not None:
+            return tune_on_cluster(targets, source, path, address=ray, fresh=fresh, progress=progress, **how)
         text = load_corpus(source.corpus)
         if text.notice:
             progress.say(text.notice)

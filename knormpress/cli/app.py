@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from knormpress.cli.actions import Stopped, accept_loss, judge_runs, measure_cells, run_tasks, search_plan, write_page
-from knormpress.cli.options import Cost, Fresh, Json, Output, Quick, number, taking
+from knormpress.cli.options import Cost, Fresh, Json, Output, Quick, Ray, number, taking
 from knormpress.errors import KnormError
 from knormpress.files import room_for, writing
 from knormpress.measure.options import Candidates, Effort, Source, options_of, read_option, words
@@ -97,10 +97,7 @@ def sweep(
     cost: Cost = False,
     output: Output = _RESULTS,
     fresh: Fresh = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Measure on a Ray cluster: local, auto, or HOST:PORT of its head. See docs/cluster.md."),
-    ] = None,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Compare keep ratios with the full cache.
@@ -148,6 +145,7 @@ def tune(
     context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned for.")] = 1024,
     output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the measurements of an earlier search.")] = False,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Find a keep ratio and a score for each layer, to keep as few tokens as possible within an allowed loss.
@@ -159,6 +157,7 @@ def tune(
     Examples:
       knormpress tune --target-ppl 5%
       knormpress tune --target-ppl 1% --target-retrieval none --scores knorm --minutes 20 --output plan-1.json
+      knormpress tune --target-ppl 2% --ray auto
       knormpress sweep --plan results/plan.json --keep-ratios 1.0,0.8
     """
     from knormpress.show.plan_table import print_plan
@@ -174,6 +173,7 @@ def tune(
         context=context,
         minutes=minutes,
         fresh=fresh,
+        ray=ray,
     )
     if as_json:
         typer.echo(json.dumps(json.loads(output.read_text(encoding="utf-8"))))

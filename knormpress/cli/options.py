@@ -13,7 +13,7 @@ import typer
 from knormpress.errors import KnormError
 from knormpress.measure.options import Option, options_of, read_option
 
-__all__ = ["Cost", "Fresh", "Json", "Output", "Quick", "number", "taking"]
+__all__ = ["Cost", "Fresh", "Json", "Output", "Quick", "Ray", "number", "taking"]
 
 Output = Annotated[Path, typer.Option(help="Folder of the results.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure everything again; the earlier results are renamed.")]
@@ -27,6 +27,10 @@ Quick = Annotated[
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print the results as JSON, one object on each line (JSON Lines), and nothing else."),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="Measure on a Ray cluster: local, auto, or HOST:PORT of its head. See docs/cluster.md."),
 ]
 
 

@@ -5,7 +5,7 @@ Every text is prefilled only once, with the full cache; a plan is tried by pruni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -50,6 +50,7 @@ class Probes:
             tasks.setdefault(text.haystack.task, []).append(text)
         kept = (text for texts in tasks.values() for text in texts[:_FEW_TEXTS])
         self._few_asked = [text.shortened(_FEW_QUESTIONS) for text in kept]
+        self._base: tuple[KnormPress, list[Outputs]] | None = None
 
     @classmethod
     @contextmanager
@@ -92,29 +93,41 @@ class Probes:
         """Measure the damage of ``press`` on all texts."""
         return self._measure(press, self._documents, self._asked, lambda index, run: run())
 
-    def around(self, press: KnormPress) -> Callable[[KnormPress, int], Damage]:
-        """A function for policies that equal ``press`` below a layer: takes policy and layer, returns the damage.
+    def around(self, base: KnormPress, moves: Mapping[KnormPress, int]) -> Iterator[tuple[KnormPress, Damage]]:
+        """Measure the damage of policies that are near ``base``, each when it is asked for.
 
-        It is measured on two documents and one text of each task, with at most two questions.
+        They are measured on two documents and one text of each task, with at most two questions.
+
+        Args:
+            base: its passes are recorded, unless it was the last one that was asked for.
+            moves: the policies. Each equals ``base`` below the layer that it is mapped to.
         """
-        outputs: list[Outputs] = []
+        outputs = self._recorded(base)
+        for press, layer in moves.items():
+            yield press, self._replayed(press, outputs, layer)
 
-        def record(_: int, run: Callable[[], Any]) -> Any:
-            with self._replay.record() as recorded:
-                result = run()
-            outputs.append(recorded)
-            return result
+    def _recorded(self, base: KnormPress) -> list[Outputs]:
+        """The outputs of the layers in each pass of ``base``."""
+        if self._base is None or self._base[0] != base:
+            outputs: list[Outputs] = []
 
-        self._measure(press, self._few_documents, self._few_asked, record)
+            def record(_: int, run: Callable[[], Any]) -> Any:
+                with self._replay.record() as recorded:
+                    result = run()
+                outputs.append(recorded)
+                return result
 
-        def measure(other: KnormPress, layer: int) -> Damage:
-            def replay(index: int, run: Callable[[], Any]) -> Any:
-                with self._replay.above(outputs[index], layer):
-                    return run()
+            self._base = None  # that of another base is not kept beside it
+            self._measure(base, self._few_documents, self._few_asked, record)
+            self._base = base, outputs
+        return self._base[1]
 
-            return self._measure(other, self._few_documents, self._few_asked, replay)
+    def _replayed(self, press: KnormPress, outputs: Sequence[Outputs], layer: int) -> Damage:
+        def replay(index: int, run: Callable[[], Any]) -> Any:
+            with self._replay.above(outputs[index], layer):
+                return run()
 
-        return measure
+        return self._measure(press, self._few_documents, self._few_asked, replay)
 
     def _measure(
         self,

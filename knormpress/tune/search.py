@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,9 @@ from knormpress.progress import Progress, ticking
 from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, Sensitivities, write_plan
 from knormpress.tune.allocation import Choice, Curve, least_keep, mean_of, plan_at
 from knormpress.tune.notes import Damage, Notes
-from knormpress.tune.probes import Probes
+from knormpress.tune.place import Here, Meter, Place
 from knormpress.tune.texts import split
-from knormpress.tune.unseen import Tried, kept_tokens, measure_unseen
+from knormpress.tune.unseen import Tried
 from knormpress.tune.work import Work
 from knormpress.workload.bench import Bench
 
@@ -104,6 +103,7 @@ def tune(
     context: int = 1_024,
     minutes: float = 8.0,
     fresh: bool = False,
+    place: Place | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Search, then measure on unseen documents and items; the best plan so far is always at ``path``.
@@ -118,6 +118,7 @@ def tune(
         context: tokens (>= the policy's prune_after) before the scored tokens.
         minutes: time for the search and the measurement at the end (> 0); the search gets at least half of it.
         fresh: ignore earlier measurements.
+        place: where to measure; in this process, with the model of ``bench``, unless given.
         progress: gets every step.
 
     Raises:
@@ -125,7 +126,7 @@ def tune(
             too short, the context is too short to be pruned, the model has layers without full attention or too few
             positions for the items, or no plan is within the targets. Then an earlier file at ``path`` is unchanged.
     """
-    began, progress = time.perf_counter(), progress or Progress()
+    place, progress = place or Here(bench), progress or Progress()
     base = KnormPress(layer_keep_ratios=(1.0,) * bench.layers, keep_recent=_RECENT)
     scores = tuple(dict.fromkeys(scores))
     if not scores:
@@ -143,6 +144,8 @@ def tune(
             f"{bench.model_info.name} has layers without full attention, so no plan can be tuned; use another model"
         )
     calibration, held_out = split(bench, context=context, with_items=targets.retrieval is not None)
+    place.load()
+    began = time.perf_counter()
     fingerprint = model_fingerprint(bench.model)
     identity = {
         "model": fingerprint,
@@ -163,16 +166,10 @@ def tune(
     )
     work = Work.of(calibration, held_out, alone=_alone(bench.layers, len(scores)), policies=_MOST_COMPARED)
     progress.say(str(work))
-    with Probes.open(
-        bench.model,
-        calibration.documents,
-        calibration.asked,
-        context=context,
-        after_each=ticking(progress, calibration.prompts, "reading the calibration texts"),
-    ) as probes:
+    with place.probes(calibration, progress) as probes:
         read = time.perf_counter() - began
         search = _Search(
-            bench=bench,
+            layers=bench.layers,
             probes=probes,
             notes=notes,
             targets=targets,
@@ -184,11 +181,9 @@ def tune(
         )
         search.run()
     plan = search.plan
-    asked = held_out.asked if search.with_items else ()
-    frontier = measure_unseen(
-        bench, _compared(search), held_out.documents, context=context, haystacks=asked, progress=progress
-    )
-    kept = kept_tokens(bench, search.press, held_out.documents[0][:, :context])
+    unseen = held_out if search.with_items else replace(held_out, asked=())
+    frontier = place.report(_compared(search), unseen, progress)
+    kept = place.kept_tokens(search.press, held_out.documents[0][:, :context])
     plan = plan.model_copy(update={"frontier": frontier, "kept": kept})
     write_plan(plan, path)
     return plan
@@ -200,8 +195,8 @@ class _Search:
     def __init__(
         self,
         *,
-        bench: Bench,
-        probes: Probes,
+        layers: int,
+        probes: Meter,
         notes: Notes,
         targets: Targets,
         plan: Plan,
@@ -210,7 +205,7 @@ class _Search:
         scores: Sequence[str],
         end: float,
     ) -> None:
-        self.bench, self.probes, self.notes, self.targets = bench, probes, notes, targets
+        self.layers, self.probes, self.notes, self.targets = layers, probes, notes, targets
         self.plan, self.path, self.progress, self.scores = plan, path, progress, scores
         # For each layer the damage of the text and of the items, a curve for each of its scores.
         self.text: list[dict[str, Curve]] = []
@@ -272,18 +267,22 @@ class _Search:
         ratios = tuple(choice.ratio for choice in choices)
         return replace(press, layer_keep_ratios=ratios, layer_scores=_told(names))
 
-    def _measure(self, press: KnormPress, measure: Callable[[], Damage], *, few: bool = False) -> Damage:
-        damage = self.notes.get(press, few=few)
+    def _measure(self, press: KnormPress) -> Damage:
+        """The damage of a whole plan, on all texts."""
+        damage = self.notes.get(press, few=False)
         if damage is None:
-            if time.perf_counter() > self.end:
-                raise _TimeIsUp
-            damage = measure()
-            self.notes.note(press, damage, few=few)
+            self._expect_time()
+            damage = self.probes.measure(press)
+            self.notes.note(press, damage, few=False)
         return damage
+
+    def _expect_time(self) -> None:
+        if time.perf_counter() > self.end:
+            raise _TimeIsUp
 
     def _measure_layers(self) -> None:
         """Measure each layer alone: by every score at the lowest ratio, by its best scores at the others."""
-        layers, (lowest, *others) = range(self.bench.layers), _RATIOS
+        layers, (lowest, *others) = range(self.layers), _RATIOS
         most = min(_BEST, len(self.scores))
         tick = ticking(self.progress, _alone(len(layers), len(self.scores)), "each layer alone")
         first = [_Move(layer, lowest, score) for score in self.scores for layer in layers]
@@ -311,16 +310,24 @@ class _Search:
 
     def _around(self, base: KnormPress, moves: Sequence[_Move], tick: Callable[[], None]) -> dict[_Move, Damage]:
         """The damage of ``base`` with one layer changed, for each move."""
-        damages = {}
-        measure: Callable[[KnormPress, int], Damage] | None = None
-        for move in moves:
-            press = move.of(base)
-            if measure is None and self.notes.get(press, few=True) is None:
-                measure = self.probes.around(base)
-            run = partial(measure, press, move.layer) if measure else _unreachable
-            damages[move] = self._measure(press, run, few=True)
+        presses = {move: move.of(base) for move in moves}
+        found: dict[KnormPress, Damage] = {}
+        missing: dict[KnormPress, int] = {}
+        for move, press in presses.items():
+            damage = self.notes.get(press, few=True)
+            if damage is None:
+                missing[press] = move.layer
+            else:
+                found[press] = damage
+                tick()
+        measured = self.probes.around(base, missing)
+        for _ in missing:
+            self._expect_time()
+            press, damage = next(measured)
+            self.notes.note(press, damage, few=True)
+            found[press] = damage
             tick()
-        return damages
+        return {move: found[press] for move, press in presses.items()}
 
     def _find(self, weight: float, press: KnormPress) -> None:
         """Try plans with fewer and fewer tokens; replace the best one so far."""
@@ -328,8 +335,7 @@ class _Search:
         self.progress.step(0, 1, "plans within the targets")
 
         def is_good(choices: tuple[Choice, ...]) -> bool:
-            candidate = self._press(press, choices)
-            return self.targets.met(self._measure(candidate, lambda: self.probes.measure(candidate)))
+            return self.targets.met(self._measure(self._press(press, choices)))
 
         low = max(_RATIOS[0], high - 0.2) if high < 0.9 else _RATIOS[0]
         choices = least_keep(self._curves(weight), is_good, low=low, high=high)
@@ -344,7 +350,7 @@ class _Search:
         """Measure the layers around the best plan, and search near it for a better plan; true if there is one."""
         base = self.press
         now, moves = [], []
-        planned = zip(base.ratios(self.bench.layers), base.scores(self.bench.layers), self.text, strict=True)
+        planned = zip(base.ratios(self.layers), base.scores(self.layers), self.text, strict=True)
         for layer, (ratio, score, curves) in enumerate(planned):
             now.append(_Move(layer, ratio, next(iter(curves)) if ratio == 1.0 else score))
             near = {max(_RATIOS[0], round(ratio * _STEP, 3)), min(1.0, round(ratio / _STEP, 3))} - {ratio}
@@ -407,7 +413,3 @@ def _compared(search: _Search) -> list[Tried]:
     uniform = [Tried("uniform", KnormPress(keep)) for keep in _UNIFORM]
     others = [Tried(name, KnormPress(keep), name) for name in _OTHERS for keep in _OTHER_RATIOS]
     return [Tried("tuned", press), *others_of_its_kind, *uniform, *others]
-
-
-def _unreachable() -> Damage:
-    raise AssertionError("a stored damage is not measured again")

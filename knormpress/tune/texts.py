@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from knormpress.workload.bench import Bench
@@ -42,6 +43,26 @@ class Texts:
     context: int
     scored: int
     asked: tuple[Haystack, ...]
+
+    def to(self, device: torch.device) -> Texts:
+        """The same texts with their token ids on ``device``."""
+        asked = tuple(
+            replace(
+                haystack,
+                ids=haystack.ids.to(device),
+                questions=tuple(
+                    replace(
+                        question,
+                        ids=question.ids.to(device),
+                        answer=question.answer.to(device),
+                        others=tuple(other.to(device) for other in question.others),
+                    )
+                    for question in haystack.questions
+                ),
+            )
+            for haystack in self.asked
+        )
+        return replace(self, documents=tuple(ids.to(device) for ids in self.documents), asked=asked)
 
     @property
     def prompts(self) -> int:

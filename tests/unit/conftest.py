@@ -26,7 +26,14 @@ torch.set_num_threads(1)
 
 Run = Callable[..., pytest.RunResult]
 
-SLOW = ("test_cluster.py", "test_docs.py", "test_action.py", "test_compare.py", "test_lm_eval.py")
+SLOW = (
+    "test_sweep_on_cluster.py",
+    "test_tune_on_cluster.py",
+    "test_docs.py",
+    "test_action.py",
+    "test_compare.py",
+    "test_lm_eval.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ def test_the_probes_measure_what_the_quality_is_measured_by(family):
         assert damage.kl == pytest.approx(found.kl, rel=1e-3, abs=1e-7)
         assert damage.nll == pytest.approx(rise, rel=1e-3, abs=1e-6)
         assert (damage.answer_nll, damage.found) == (0.0, 1.0)
-        assert probes.around(nearly)(press, 2) == damage
+        assert dict(probes.around(nearly, {press: 2})) == {press: damage}
         assert probes.measure(nearly) != damage
 
 
@@ -55,6 +55,6 @@ def test_one_layer_is_measured_on_half_of_the_texts(bench):
     half = [replace(text, questions=text.questions[:2]) for text in (asked[0], asked[2])]
     with Probes.open(bench.model, texts, asked, context=512) as probes:
         assert probes.items == 10
-        damage = probes.around(KnormPress(1.0))(press, 2)
+        ((_, damage),) = probes.around(KnormPress(1.0), {press: 2})
     with Probes.open(bench.model, texts[:2], half, context=512) as probes:
         assert probes.measure(press) == damage

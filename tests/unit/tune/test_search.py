@@ -19,6 +19,7 @@ from knormpress.progress import Progress
 from knormpress.records.plan import read_plan
 from knormpress.tune import search, texts
 from knormpress.tune.notes import Damage
+from knormpress.tune.place import Here
 from knormpress.tune.probes import Probes
 from knormpress.tune.search import Targets, _TimeIsUp, tune
 from knormpress.workload.bench import Bench
@@ -60,7 +61,7 @@ def tuned(bench, tmp_path_factory, _few):
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Spare a test what comes behind the search."""
-    monkeypatch.setattr(search, "measure_unseen", lambda *_, **__: ())
+    monkeypatch.setattr(Here, "report", lambda *_: ())
 
 
 def found_by(plan):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
@@ -20,34 +19,17 @@ import torch
 
 from knormpress import KnormPress
 from knormpress.cli.app import main
+from knormpress.cluster import pool
+from knormpress.cluster.devices import Device, devices_of
 from knormpress.errors import KnormError
-from knormpress.measure import cluster
-from knormpress.measure.cluster import Device, devices_of, run_on_cluster
+from knormpress.measure.cluster import run_on_cluster
 from knormpress.measure.options import Candidates, Effort, Source
 from knormpress.measure.sweep import SweepSettings, run
 from knormpress.methods.method import Method
-from knormpress.progress import Progress
 from knormpress.records.jsonl import read_records
 from knormpress.records.schema import Record
 from knormpress.show.progress import TerminalProgress
-
-ROOT = Path(__file__).parents[3]
-
-with_ray = [
-    pytest.mark.skipif(sys.platform != "linux", reason="a Ray cluster of several nodes runs on Linux alone"),
-    # Ray's own threads and sockets are closed when they are collected.
-    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
-class Told(Progress):
-    """Remembers the lines that it was told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+from tests.unit.cluster.conftest import Told, with_ray
 
 
 def node(number: int, **changes: Any) -> dict[str, Any]:
@@ -115,31 +97,6 @@ def settings(model_folder: Path) -> SweepSettings:
         ),
         Source(model=str(model_folder), device=("cpu",), corpus=str(model_folder / "text.txt")),
     )
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Any]:
-    """A cluster of one node with a CPU, to which workers come with the modules of the tests."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        # Workers that give way to all other processes may wait for minutes on a busy machine.
-        patch.setenv("RAY_worker_niceness", "0")
-        # Without what these tests don't look at, it is there sooner.
-        lean = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "node_name": "first", **lean})
-        yield cluster
-        cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def nodes(head: Any) -> Any:
-    """The same cluster, from here on of two nodes."""
-    head.add_node(num_cpus=1, node_name="second")
-    return head
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +207,7 @@ class TestOnCluster:
         self, nodes: Any, settings: SweepSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(cluster, "_TRIES", 1)
+        monkeypatch.setattr(pool, "_TRIES", 1)
         with pytest.raises(KnormError, match=r"^(first|second): .*lost.*try 1 of 1"):
             run_on_cluster(shorter(dying(settings)), tmp_path / "results.jsonl", address=nodes.address)
 
