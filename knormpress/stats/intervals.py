@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 __all__ = [
     "LEAST_PROCESSES",
@@ -115,7 +115,7 @@ def between_processes(before: Sequence[ArrayLike], after: Sequence[ArrayLike]) -
     if len(first) + len(second) < LEAST_PROCESSES:
         return Change(middle, None, None)
     squares = float(((first - first.mean()) ** 2).sum() + ((second - second.mean()) ** 2).sum())
-    half = float(student.ppf(0.975, freedom)) * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second)))
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(squares / freedom * (1 / len(first) + 1 / len(second)))
     point = float(np.mean(second) - np.mean(first))
     return spanning(middle, percent(math.exp(point - half)), percent(math.exp(point + half)))
 

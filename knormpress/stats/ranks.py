@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.stats import spearmanr
-
 __all__ = ["rank_correlation"]
 
 
@@ -17,4 +15,6 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """
     if len(set(first)) < 2 or len(set(second)) < 2:
         return math.nan
+    from scipy.stats import spearmanr
+
     return float(spearmanr(first, second).statistic)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 from knormpress.stats.intervals import Change, spanning
 
 __all__ = ["Share", "found_change", "lost_and_gained", "share_of"]
@@ -89,6 +87,9 @@ def found_change(before: Sequence[bool], after: Sequence[bool]) -> Change:
         return Change(0.0, None, None)
     if not changed:
         return Change(0.0, 0.0, 0.0)
+    # All of scipy.stats takes long to import, and most who import this module never come here.
+    from scipy.stats import binomtest
+
     ends = binomtest(lost, changed).proportion_ci(method="exact")
     point = 100 * changed / items
     return spanning(100 * (gained - lost) / items, point * (1 - 2 * ends.high), point * (1 - 2 * ends.low))

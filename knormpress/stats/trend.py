@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Final
 
 import numpy as np
-from scipy.stats import theilslopes
 
 from knormpress.stats.intervals import Change
 
@@ -60,6 +59,8 @@ def trend(values: Sequence[float], *, least: float) -> Trend | None:
     """
     if len(values) < FEWEST_FOR_SLOPE:
         return None
+    from scipy.stats import theilslopes
+
     figures = np.asarray(values, dtype=np.float64)
     slope, _, low, high = map(float, theilslopes(figures))
     change = Change(slope, min(low, slope), max(high, slope))

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 from torch import Tensor
 
 from knormpress.errors import KnormError
 from knormpress.workload.hub import hub_reachable
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = ["Corpus", "describe_source", "documents", "load_corpus"]
 
@@ -134,6 +137,9 @@ def _file(spec: str) -> Corpus:
 
 def _wikitext() -> Corpus | str:
     """The text, or the reason why it is not available."""
+    # It brings pandas and pyarrow, which a text of one's own needs not.
+    import datasets
+
     cached = _cached_wikitext()
     if cached is not None:
         return _joined(lambda: datasets.Dataset.from_file(str(cached)), "from the local datasets cache")
@@ -154,6 +160,8 @@ def _joined(load: Callable[[], datasets.Dataset], why: str) -> Corpus | str:
 
 
 def _download() -> datasets.Dataset:
+    import datasets
+
     return datasets.load_dataset(_REPOSITORY, _CONFIGURATION, split=_SPLIT)
 
 
@@ -162,6 +170,8 @@ def _cached_wikitext() -> Path | None:
 
     Read directly, because ``load_dataset`` first waits for an answer of the hub.
     """
+    import datasets
+
     owner, name = _REPOSITORY.split("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{name}" / _CONFIGURATION
     files = [path for path in folder.glob(f"*/*/{name}-{_SPLIT}.arrow") if path.parent.suffix != ".incomplete"]
@@ -169,12 +179,16 @@ def _cached_wikitext() -> Path | None:
 
 
 def _online() -> bool:
+    import datasets
+
     return not datasets.config.HF_HUB_OFFLINE and hub_reachable()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Turn off progress bars and log lines of datasets inside the context."""
+    import datasets
+
     bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -1,4 +1,8 @@
-"""Unit tests compute on tiny models, which several threads only slow down; the plugin runs in a stranger's folder."""
+"""Unit tests compute on tiny models, which several threads only slow down; the plugin runs in a stranger's folder.
+
+torch and all that stands on it are imported where they are used: a process that only hands out tests to workers of
+pytest-xdist needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,15 @@ import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from matplotlib.backend_bases import RendererBase
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from torch.utils import collect_env
 
-# pytester forgets what a run imports, and datasets can't be imported twice.
-import knormpress.pytest_plugin.measured
-import knormpress.show.verdict_table  # noqa: F401
-from knormpress.pytest_plugin import plugin
-from tests.pictures import Drawn
-from tests.tiny_folder import save_model, save_text
+if TYPE_CHECKING:
+    from matplotlib.backend_bases import RendererBase
+    from matplotlib.text import Text
 
-torch.set_num_threads(1)
+    from tests.pictures import Drawn
 
 Run = Callable[..., pytest.RunResult]
 
@@ -38,6 +34,14 @@ SLOW = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow files come first, so that workers of pytest-xdist end at about the same time."""
+    # pytester forgets what a run imports, and datasets can't be imported twice.
+    import datasets  # noqa: F401
+    import torch
+
+    import knormpress.pytest_plugin.measured
+    import knormpress.show.verdict_table  # noqa: F401
+
+    torch.set_num_threads(1)
     items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
 
 
@@ -54,6 +58,8 @@ def _little_to_collect() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_list_of_packages() -> Iterator[None]:
     """lm-evaluation-harness asks pip and others about the machine for each result: seconds, for nothing used here."""
+    from torch.utils import collect_env
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect_env, "get_pretty_env_info", str)
         yield
@@ -62,6 +68,8 @@ def _no_list_of_packages() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _benches_of_their_own() -> None:
     """A session keeps its model and environment, of which the commit of the folder that it ran in is a part."""
+    from knormpress.pytest_plugin import plugin
+
     plugin._bench.cache_clear()
 
 
@@ -79,6 +87,9 @@ def _runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
     """Every text that is really drawn, with its box in pixels: an axis also holds labels that it never draws."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
     texts: Drawn = defaultdict(list)
     draw: Callable[..., Any] = Text.draw
 
@@ -95,6 +106,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_folder import save_model, save_text
+
     path = tmp_path_factory.mktemp("tiny")
     save_text(path / "text.txt", characters=4000)
     return save_model(path, positions=2048)

@@ -228,13 +228,18 @@ def by_sending(held: StoredTokens) -> Tensor:
     return key_norms(held) + torch.tensor([0.0], device=held.keys.device)
 
 
-@pytest.mark.parametrize("left", [[0], [0] * 8, [0, 30, 50]], ids=["one row", "8 rows", "padded"])
+@pytest.fixture(scope="module", params=[[0], [0] * 8, [0, 30, 50]], ids=["one row", "8 rows", "padded"])
+def beside_the_full_cache(request, model) -> tuple[list[int], list[int]]:
+    """The padding of each row, and the waits of the full cache, which has no scores."""
+    return request.param, waits(model, lambda placed: DynamicCache(config=placed.config), request.param)
+
+
 @pytest.mark.parametrize(
     ("score", "more"), [(None, 0), (by_reading, 3), (by_sending, 3)], ids=["sound", "read", "sent"]
 )
-def test_how_often_the_host_waits_for_another_device(model, left, score, more):
+def test_how_often_the_host_waits_for_another_device(model, beside_the_full_cache, score, more):
     """The scores that wait are controls, and do so in each of the three layers that are pruned."""
-    full = waits(model, lambda placed: DynamicCache(config=placed.config), left)
+    left, full = beside_the_full_cache
     ours = waits(model, lambda placed: KnormCache(placed, press(), score), left)
     prompt, *decoded = (mine - theirs for mine, theirs in zip(ours, full, strict=True))
     assert prompt == (3 if any(left) else 1) + more
