@@ -46,7 +46,7 @@ _RECENT, _OTHER_RECENT = 32, (16, 64)
 # Weights of the items' damage relative to text damage, each in units of what the targets allow.
 _WEIGHTS = (0.1, 0.3, 1.0)
 _STEP = 0.6
-_COMPARED = (0.5, 0.4, 0.3)
+_COMPARED = (0.5, 0.4, 0.3, 0.2)
 _UNIFORM = (0.9, 0.7, 0.5)
 _OTHERS, _OTHER_RATIOS = ("random", "recent-window", "keydiff"), (0.5,)
 _MOST_COMPARED = 1 + len(_COMPARED) + len(_UNIFORM) + len(_OTHERS) * len(_OTHER_RATIOS)

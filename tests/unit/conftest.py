@@ -27,8 +27,13 @@ SLOW = (
     "test_tune_on_cluster.py",
     "test_docs.py",
     "test_action.py",
+    "test_pictures.py",
     "test_compare.py",
+    "test_workers.py",
     "test_lm_eval.py",
+    "test_cost.py",
+    "test_counts.py",
+    "test_sweep.py",
 )
 
 
