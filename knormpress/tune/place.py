@@ -70,7 +70,7 @@ class Here:
             yield probes
 
     def report(self, tried: Sequence[Tried], texts: Texts, progress: Progress) -> tuple[Point, ...]:
-        """See ``Place``."""
+        """Measure ``tried`` on ``texts``, and tell ``progress``; see ``Place``."""
         return report(self._bench, tried, texts, progress)
 
     def kept_tokens(self, press: KnormPress, prompt: Tensor) -> KeptTokens:
