@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from knormpress.pytest_plugin.gates import settle
 from knormpress.pytest_plugin.options import number
 
 if TYPE_CHECKING:
@@ -47,10 +48,6 @@ def knorm_lm_eval_gate(
         _knorm_measured.tasks(result, text)
         assert result.lm_eval is not None
         decision, figures = judge_tasks(result.lm_eval, wanted)
-        print(figures)
-        if decision == "inconclusive":
-            pytest.xfail(f"inconclusive: {figures}")
-        if decision == "fail":
-            pytest.fail(figures, pytrace=False)
+        settle(request.node, decision, figures)
 
     return decide

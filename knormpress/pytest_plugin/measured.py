@@ -22,7 +22,7 @@ from knormpress.methods.registry import make_method
 from knormpress.policy.policy import Policy
 from knormpress.records.figures import Cost, Latency, Memory, Quality
 from knormpress.records.schema import Entry, Result, TextInfo
-from knormpress.stats.gates import documents_to_decide, gate
+from knormpress.stats.gates import Decision, documents_to_decide, gate
 from knormpress.stats.perplexity import LEAST_DOCUMENTS, too_few
 from knormpress.workload.bench import Bench
 from knormpress.workload.tasks.haystack import haystacks, named_tasks
@@ -136,7 +136,7 @@ def run_tasks(
     return Result(method=describe_method(method), conditions=conditions, lm_eval=found), text
 
 
-def gated(quality: Quality, tolerance: float) -> tuple[str, str]:
+def gated(quality: Quality, tolerance: float) -> tuple[Decision, str]:
     """The decision of the quality gate, ``pass``, ``fail`` or ``inconclusive``, and the figures as text."""
     change, documents = quality.ppl, len(quality.documents)
     decision = gate(change, tolerance)

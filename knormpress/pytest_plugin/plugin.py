@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from knormpress.methods.knorm import KnormPress
+from knormpress.pytest_plugin.gates import expect_decided, settle
 from knormpress.pytest_plugin.lm_eval import knorm_lm_eval_gate
 from knormpress.pytest_plugin.options import (
     FLAGS,
@@ -274,7 +275,10 @@ def knorm_quality(knorm_bench: Bench, request: pytest.FixtureRequest) -> Callabl
 
 @pytest.fixture
 def knorm_gate(
-    _knorm_measured: Measured, knorm_quality: Callable[..., list[Result]], knorm_ppl_tolerance: float
+    _knorm_measured: Measured,
+    knorm_quality: Callable[..., list[Result]],
+    knorm_ppl_tolerance: float,
+    request: pytest.FixtureRequest,
 ) -> Callable[..., None]:
     """Let the test pass only if a method's change of perplexity stays within ``--knorm-ppl-tolerance``.
 
@@ -292,26 +296,27 @@ def knorm_gate(
         assert result.quality is not None
         _knorm_measured.quality(result)
         decision, figures = gated(result.quality, knorm_ppl_tolerance)
-        if decision == "inconclusive":
-            pytest.xfail(f"inconclusive: {figures}")
-        if decision == "fail":
-            pytest.fail(figures, pytrace=False)
+        settle(request.node, decision, figures)
 
     return decide
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Store the test's measurements, and fail the test if they are worse than in its reference run."""
+    """Store the test's measurements, and fail the test if they are worse than in its reference run.
+
+    An inconclusive gate can still be compared with its history.
+    """
     try:
         result = yield
-    except pytest.xfail.Exception:  # an inconclusive gate can still be compared with its history
+    except pytest.xfail.Exception:
         _finish(item, passed=True)
         raise
     except BaseException:
         _finish(item, passed=False)
         raise
     _finish(item, passed=True)
+    expect_decided(item)
     return result
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from knormpress.methods.knorm import KnormPress
+from knormpress.pytest_plugin.gates import settle
 from knormpress.pytest_plugin.options import number
 
 if TYPE_CHECKING:
@@ -87,11 +88,7 @@ def knorm_retrieval_gate(
         assert own.retrieval is not None
         found = {name: other.retrieval for name, other in others.items() if other.retrieval}
         outcome = judge_retrieval(own.retrieval, found, wanted)
-        print(outcome.text)
-        if outcome.decision == "inconclusive":
-            pytest.xfail(f"inconclusive: {outcome.text}")
-        if outcome.decision == "fail":
-            pytest.fail(outcome.text, pytrace=False)
+        settle(request.node, outcome.decision, outcome.text)
 
     return decide
 
@@ -128,9 +125,6 @@ def knorm_passkey_gate(
 
         counts = method if isinstance(method, tuple) else knorm_passkeys([method], **count)[0]
         decision, figures = passkey_gate(*counts, wanted)
-        if decision == "inconclusive":
-            pytest.xfail(f"inconclusive: {figures}")
-        if decision == "fail":
-            pytest.fail(figures, pytrace=False)
+        settle(request.node, decision, figures)
 
     return decide

@@ -17,6 +17,7 @@ from knormpress.methods.knorm import KnormPress
 from knormpress.records.history import History
 from knormpress.records.plan import Plan, PlannedModel, PlannedTargets, write_plan
 from knormpress.workload.models import load_model
+from tests.tiny_folder import save_text
 from tests.unit.conftest import Run
 
 README = Path(__file__).parents[3] / "README.md"
@@ -150,6 +151,30 @@ def test_a_gate_never_passes_on_too_few_documents(run: Run) -> None:
     run(GATE, ppl_tolerance="100000", samples=7, keep_ratios="1.0").assert_outcomes(xfailed=1)
 
 
+SEVERAL = """
+import pytest
+from knormpress.records.schema import Result
+from tests.record_factory import make_record
+
+UNDECIDED, GOOD, BAD = (5, 10), (40, 40), (1, 40)
+
+@pytest.mark.parametrize("later", [[], [GOOD], [UNDECIDED], [BAD]], ids=["alone", "good", "undecided", "bad"])
+def test_gates(knorm_gate, knorm_passkey_gate, later):
+    quality = make_record(0.5, ppl=4.9, documents=8).quality
+    knorm_gate(Result(method="x", conditions={}, quality=quality))
+    for answered in later:
+        knorm_passkey_gate(answered)
+"""
+
+
+def test_behind_an_inconclusive_gate_another_one_still_fails_the_test(run: Run) -> None:
+    result = run(SEVERAL, ppl_tolerance=5, passkey_share=0.5)
+    result.assert_outcomes(failed=1, xfailed=3)
+    out = result.stdout.str()
+    assert re.search(r"^FAILED .*bad.* found 1 of the 40", out, re.MULTILINE)
+    assert re.search(r"^XFAIL .*undecided.*inconclusive: .*4\.9 %.*; found 5 of the 10", out, re.MULTILINE)
+
+
 DECODED = f"""
 import pytest
 
@@ -227,15 +252,19 @@ def test_measuring_twice_in_one_test_is_refused(run: Run) -> None:
     result.stdout.fnmatch_lines(["*test_speed*memory twice*"])
 
 
-def test_the_readmes_tests_run_as_shown(run: Run) -> None:
+def test_the_readmes_tests_run_as_shown(run: Run, tmp_path: Path) -> None:
     """A stranger's perf test and quality gate, word for word, and under ten lines each."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (shown,) = (block for block in blocks if "def test_" in block)
     assert all(len(test.splitlines()) < 10 for test in shown.split("\n\n\n"))
-    found = run(shown, "--knorm-save", "--knorm-quick", ppl_tolerance="1e6", samples=2)
-    # The text is too short for as many documents as the gate needs.
+    save_text(tmp_path / "text.txt", characters=24_000)
+    found = run(shown, "--knorm-save", "--knorm-quick", ppl_tolerance="1e6", samples=2, corpus=tmp_path / "text.txt")
+    # Two documents are fewer than the one gate needs, and the tiny model answers nothing for the other.
     found.assert_outcomes(passed=1, xfailed=1)
-    assert len(History.read(Path(".benchmarks")).entries) == 2
+    timed, scored = History.read(Path(".benchmarks")).entries
+    assert timed.latency is not None
+    assert scored.quality is not None
+    assert scored.retrieval is not None
 
 
 @pytest.fixture(scope="module")
