@@ -28,8 +28,9 @@ from knormpress.workload.tasks.haystack import Haystack
 
 __all__ = ["Probes"]
 
-# One layer alone is measured on so many documents, texts of each task, and questions of each text.
-_FEW_DOCUMENTS, _FEW_TEXTS, _FEW_QUESTIONS = 2, 1, 2
+# One layer alone is measured on so many documents, texts of each task, and questions of each text. Few, as a search
+# measures some hundred layers before it tries the first plan.
+_FEW_DOCUMENTS, _FEW_TEXTS, _FEW_QUESTIONS = 1, 1, 1
 
 
 class Probes:
@@ -96,7 +97,7 @@ class Probes:
     def around(self, base: KnormPress, moves: Mapping[KnormPress, int]) -> Iterator[tuple[KnormPress, Damage]]:
         """Measure the damage of policies that are near ``base``, each when it is asked for.
 
-        They are measured on two documents and one text of each task, with at most two questions.
+        They are measured on one document and one question of each task.
 
         Args:
             base: its passes are recorded, unless it was the last one that was asked for.

@@ -333,14 +333,25 @@ class _Search:
         """Try plans with fewer and fewer tokens; replace the best one so far."""
         high = min(0.9, self.plan.mean_keep - 0.01)
         self.progress.step(0, 1, "plans within the targets")
+        good: list[tuple[Choice, ...]] = []
 
         def is_good(choices: tuple[Choice, ...]) -> bool:
-            return self.targets.met(self._measure(self._press(press, choices)))
+            if is_met := self.targets.met(self._measure(self._press(press, choices))):
+                good.append(choices)
+            return is_met
 
         low = max(_RATIOS[0], high - 0.2) if high < 0.9 else _RATIOS[0]
-        choices = least_keep(self._curves(weight), is_good, low=low, high=high)
+        try:
+            least_keep(self._curves(weight), is_good, low=low, high=high)
+        finally:
+            # Also where the time runs out between two halvings.
+            if good:
+                self._take(weight, press, good[-1])
+
+    def _take(self, weight: float, press: KnormPress, choices: Sequence[Choice]) -> None:
+        """Make a plan within the targets the best one, and write it, if it is smaller than the best so far."""
         # Where every layer is at its lowest ratio, only scores can change, and would change back and forth.
-        if choices is None or mean_of(choices) >= self.plan.mean_keep:
+        if mean_of(choices) >= self.plan.mean_keep:
             return
         self.weight = weight
         self.plan = self.plan.model_copy(update={"press": self._press(press, choices)})

@@ -196,6 +196,24 @@ def test_a_search_that_was_cut_short_says_so(bench, tmp_path, monkeypatch):
     assert any("--minutes" in line for line in told.lines)
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_plans_that_were_tried_before_the_time_ran_out_count(bench, tmp_path, monkeypatch):
+    """The time often runs out before the first bisection has ended."""
+    sound, tried = Probes.measure, []
+
+    def two(self, press):
+        if len(tried) == 2:
+            raise _TimeIsUp
+        tried.append(press)
+        return sound(self, press)
+
+    monkeypatch.setattr(Probes, "measure", two)
+    path = tmp_path / "plan.json"
+    plan = tune(bench, LOOSE, path, context=CONTEXT, minutes=5.0)
+    assert KnormPress.of(plan.press) == tried[-1]
+    assert read_plan(path) == plan
+
+
 @pytest.mark.parametrize("what", ["text", "documents", "items"])
 def test_what_was_measured_of_other_tokens_is_not_believed(tuned, bench, folder, tmp_path, monkeypatch, what):
     for file in tuned[1].parent.iterdir():
