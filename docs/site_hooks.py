@@ -26,7 +26,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Move the pages to where they stand in the repository, and add the README, its neighbours and the reference."""
     for page in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(page)
-    for path in sorted(path for pattern in (*BESIDE, "docs/*.md", "docs/images/*") for path in ROOT.glob(pattern)):
+    patterns = (*BESIDE, "docs/*.md", "docs/*.css", "docs/images/*")
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
         files.append(File(path.relative_to(ROOT).as_posix(), str(ROOT), config.site_dir, config.use_directory_urls))
     files.append(File.generated(config, "reference/knormpress.md", content="::: knormpress\n"))
     for name in FOLDERS:
