@@ -46,7 +46,9 @@ _RECENT, _OTHER_RECENT = 32, (16, 64)
 # Weights of the items' damage relative to text damage, each in units of what the targets allow.
 _WEIGHTS = (0.1, 0.3, 1.0)
 _STEP = 0.6
-_COMPARED = (0.5, 0.4, 0.3, 0.2)
+# Whole plans are what the measurements of layers are for: a part of the time is theirs, and so many are tried in any case.
+_FOR_PLANS, _LEAST_PLANS = 1 / 3, 4
+_COMPARED = (0.4, 0.3, 0.2)
 _UNIFORM = (0.9, 0.7, 0.5)
 _OTHERS, _OTHER_RATIOS = ("random", "recent-window", "keydiff"), (0.5,)
 _MOST_COMPARED = 1 + len(_COMPARED) + len(_UNIFORM) + len(_OTHERS) * len(_OTHER_RATIOS)
@@ -212,6 +214,9 @@ class _Search:
         self.answers: list[dict[str, Curve]] = []
         self.weight = 0.0
         self.end = end
+        now = time.perf_counter()
+        self.layers_end = now + (1 - _FOR_PLANS) * (end - now)
+        self.plans = 0
         self.with_items = probes.items > 0
         if targets.retrieval is not None and not self.with_items:
             progress.say("the full cache finds no item, so none can be lost: only perplexity counts")
@@ -270,8 +275,10 @@ class _Search:
     def _measure(self, press: KnormPress) -> Damage:
         """The damage of a whole plan, on all texts."""
         damage = self.notes.get(press, few=False)
+        self.plans += 1
         if damage is None:
-            self._expect_time()
+            if self.plans > _LEAST_PLANS:
+                self._expect_time()
             damage = self.probes.measure(press)
             self.notes.note(press, damage, few=False)
         return damage
@@ -286,7 +293,9 @@ class _Search:
         most = min(_BEST, len(self.scores))
         tick = ticking(self.progress, _alone(len(layers), len(self.scores)), "each layer alone")
         first = [_Move(layer, lowest, score) for score in self.scores for layer in layers]
+        began = time.perf_counter()
         damages = self._around(self.press, first, tick)
+        now = time.perf_counter()
 
         def cost(move: _Move) -> float:
             damage = damages[move]
@@ -294,18 +303,22 @@ class _Search:
 
         best = [sorted((_Move(layer, lowest, score) for score in self.scores), key=cost)[:most] for layer in layers]
         more = [move._replace(ratio=ratio) for ratio in others for moves in best for move in moves]
-        damages |= self._around(self.press, more, tick)
-        ratios = (*_RATIOS, 1.0)
+        measured = _RATIOS if now + (now - began) * len(more) / len(first) < self.layers_end else _RATIOS[:1]
+        if measured == _RATIOS:
+            damages |= self._around(self.press, more, tick)
+        else:
+            self.progress.say(f"short of time: each layer alone is measured at keep ratio {lowest} only")
+        ratios = (*measured, 1.0)
         for moves in best:
             self.text.append({})
             self.answers.append({})
             for move in moves:
-                row = [damages[move._replace(ratio=ratio)] for ratio in _RATIOS]
+                row = [damages[move._replace(ratio=ratio)] for ratio in measured]
                 self.text[-1][move.score] = Curve(ratios, (*(damage.text for damage in row), 0.0))
                 self.answers[-1][move.score] = Curve(ratios, (*(max(damage.answer_nll, 0.0) for damage in row), 0.0))
         shown = [next(iter(curves.values())).damage[:-1] for curves in self.text]
         answers = [next(iter(curves.values())).damage[:-1] for curves in self.answers]
-        sensitivities = Sensitivities(ratios=_RATIOS, text=tuple(shown), answers=tuple(answers))
+        sensitivities = Sensitivities(ratios=measured, text=tuple(shown), answers=tuple(answers))
         self.plan = self.plan.model_copy(update={"sensitivities": sensitivities})
 
     def _around(self, base: KnormPress, moves: Sequence[_Move], tick: Callable[[], None]) -> dict[_Move, Damage]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,38 @@ def test_plans_that_were_tried_before_the_time_ran_out_count(bench, tmp_path, mo
     plan = tune(bench, LOOSE, path, context=CONTEXT, minutes=5.0)
     assert KnormPress.of(plan.press) == tried[-1]
     assert read_plan(path) == plan
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_slow_machine_gets_a_plan_too(bench, tmp_path, monkeypatch):
+    """Where layers alone would take all of the time, they are measured at one ratio, and some plans are tried."""
+    told, tried, layers = Told(), [], []
+    around, measure = Probes.around, Probes.measure
+    passed, clock = [0.0], time.perf_counter
+
+    def slow(self, base, presses):
+        for found in around(self, base, presses):
+            layers.append(found)
+            passed[0] += 30.0
+            yield found
+
+    def counted(self, press):
+        tried.append(press)
+        passed[0] += 3_600.0
+        return measure(self, press)
+
+    monkeypatch.setattr(search.time, "perf_counter", lambda: clock() + passed[0])
+    monkeypatch.setattr(Probes, "around", slow)
+    monkeypatch.setattr(Probes, "measure", counted)
+    # Half of the time is the search's: enough for each layer by each score once, and for nothing more.
+    minutes = 2 * 0.5 * bench.layers * len(search.SCORES) + 1.0
+    plan = tune(bench, LOOSE, tmp_path / "plan.json", context=CONTEXT, minutes=minutes, progress=told)
+    assert len(layers) == bench.layers * len(search.SCORES)
+    assert len(tried) == 4
+    assert plan.sensitivities.ratios == (0.1,)
+    assert plan.mean_keep < 0.9
+    assert any("short of time" in line for line in told.lines)
+    assert any("--minutes" in line for line in told.lines)
 
 
 @pytest.mark.parametrize("what", ["text", "documents", "items"])
