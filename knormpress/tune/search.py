@@ -46,7 +46,7 @@ _RECENT, _OTHER_RECENT = 32, (16, 64)
 # Weights of the items' damage relative to text damage, each in units of what the targets allow.
 _WEIGHTS = (0.1, 0.3, 1.0)
 _STEP = 0.6
-# Whole plans are what the measurements of layers are for: a part of the time is theirs, and so many are tried in any case.
+# Measuring layers serves whole plans: a part of the time is kept for these, and so many are tried in any case.
 _FOR_PLANS, _LEAST_PLANS = 1 / 3, 4
 _COMPARED = (0.4, 0.3, 0.2)
 _UNIFORM = (0.9, 0.7, 0.5)
