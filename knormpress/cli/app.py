@@ -140,7 +140,7 @@ def tune(
         str, typer.Option(help="Scores that a layer may get, separated by commas; module:object for your own.")
     ] = "knorm,keydiff,keydiff-128,leverage",
     minutes: Annotated[
-        float, typer.Option(help="Time for the search and its report; the search gets at least half.")
+        float, typer.Option(help="Time for the search and its report; four whole plans are tried in any case.")
     ] = 8.0,
     context: Annotated[int, typer.Option(help="Tokens of context that the plan is tuned for.")] = 1024,
     output: Annotated[Path, typer.Option(help="The plan file.")] = _RESULTS / _PLAN_FILE,

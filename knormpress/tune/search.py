@@ -38,16 +38,17 @@ __all__ = ["Targets", "tune"]
 SCORES = ("knorm", "keydiff", "keydiff-128", "leverage")
 """The scores that a layer may get unless others are named."""
 
-# Each layer alone is pruned to these ratios. Lower ones would leave little more than the newest tokens of a short text.
-_RATIOS = (0.1, 0.4)
-# So many scores of each layer, the best at the lowest ratio, are measured at the others too.
+# Each layer alone is pruned to this ratio. A lower one would leave little more than the newest tokens of a short text;
+# what lies between it and 1, whole plans tell better in the same time.
+_LOWEST = 0.1
+# So many scores of each layer, the best of it alone, are tried in plans.
 _BEST = 2
 _RECENT, _OTHER_RECENT = 32, (16, 64)
 # Weights of the items' damage relative to text damage, each in units of what the targets allow.
 _WEIGHTS = (0.1, 0.3, 1.0)
 _STEP = 0.6
-# Measuring layers serves whole plans: a part of the time is kept for these, and so many are tried in any case.
-_FOR_PLANS, _LEAST_PLANS = 1 / 3, 4
+# Measuring layers serves whole plans: so many are tried whatever the time.
+_LEAST_PLANS = 4
 _COMPARED = (0.4, 0.3, 0.2)
 _UNIFORM = (0.9, 0.7, 0.5)
 _OTHERS, _OTHER_RATIOS = ("random", "recent-window", "keydiff"), (0.5,)
@@ -118,7 +119,8 @@ def tune(
         path: the plan file.
         scores: names of the scores that a layer may get, see ``cache.scores.named``; the first is what is compared.
         context: tokens (>= the policy's prune_after) before the scored tokens.
-        minutes: time for the search and the measurement at the end (> 0); the search gets at least half of it.
+        minutes: time for the search and the measurement at the end (> 0). The search gets at least half of it, and
+            measures four whole plans in any case.
         fresh: ignore earlier measurements.
         place: where to measure; in this process, with the model of ``bench``, unless given.
         progress: gets every step.
@@ -180,6 +182,8 @@ def tune(
             progress=progress,
             scores=scores,
             end=work.end_of_search(began, 60 * minutes, read),
+            # Without all layers there is no plan: they may take the report's time.
+            layers_end=began + 60 * minutes,
         )
         search.run()
     plan = search.plan
@@ -206,6 +210,7 @@ class _Search:
         progress: Progress,
         scores: Sequence[str],
         end: float,
+        layers_end: float,
     ) -> None:
         self.layers, self.probes, self.notes, self.targets = layers, probes, notes, targets
         self.plan, self.path, self.progress, self.scores = plan, path, progress, scores
@@ -213,9 +218,7 @@ class _Search:
         self.text: list[dict[str, Curve]] = []
         self.answers: list[dict[str, Curve]] = []
         self.weight = 0.0
-        self.end = end
-        now = time.perf_counter()
-        self.layers_end = now + (1 - _FOR_PLANS) * (end - now)
+        self.end, self.layers_end = end, layers_end
         self.plans = 0
         self.with_items = probes.items > 0
         if targets.retrieval is not None and not self.with_items:
@@ -275,53 +278,46 @@ class _Search:
     def _measure(self, press: KnormPress) -> Damage:
         """The damage of a whole plan, on all texts."""
         damage = self.notes.get(press, few=False)
-        self.plans += 1
         if damage is None:
-            if self.plans > _LEAST_PLANS:
-                self._expect_time()
+            if self.plans >= _LEAST_PLANS:
+                self._expect_time(self.end)
+            self.plans += 1
             damage = self.probes.measure(press)
             self.notes.note(press, damage, few=False)
         return damage
 
-    def _expect_time(self) -> None:
-        if time.perf_counter() > self.end:
+    def _expect_time(self, end: float) -> None:
+        if time.perf_counter() > end:
             raise _TimeIsUp
 
     def _measure_layers(self) -> None:
-        """Measure each layer alone: by every score at the lowest ratio, by its best scores at the others."""
-        layers, (lowest, *others) = range(self.layers), _RATIOS
+        """Measure each layer alone by every score."""
+        layers = range(self.layers)
         most = min(_BEST, len(self.scores))
         tick = ticking(self.progress, _alone(len(layers), len(self.scores)), "each layer alone")
-        first = [_Move(layer, lowest, score) for score in self.scores for layer in layers]
-        began = time.perf_counter()
-        damages = self._around(self.press, first, tick)
-        now = time.perf_counter()
+        moves = [_Move(layer, _LOWEST, score) for score in self.scores for layer in layers]
+        damages = self._around(self.press, moves, tick, end=self.layers_end)
 
         def cost(move: _Move) -> float:
             damage = damages[move]
             return damage.text / self.targets.text_nats + _WEIGHTS[1] * damage.answer_nll / self.targets.answer_nats
 
-        best = [sorted((_Move(layer, lowest, score) for score in self.scores), key=cost)[:most] for layer in layers]
-        more = [move._replace(ratio=ratio) for ratio in others for moves in best for move in moves]
-        measured = _RATIOS if now + (now - began) * len(more) / len(first) < self.layers_end else _RATIOS[:1]
-        if measured == _RATIOS:
-            damages |= self._around(self.press, more, tick)
-        else:
-            self.progress.say(f"short of time: each layer alone is measured at keep ratio {lowest} only")
-        ratios = (*measured, 1.0)
-        for moves in best:
-            self.text.append({})
-            self.answers.append({})
-            for move in moves:
-                row = [damages[move._replace(ratio=ratio)] for ratio in measured]
-                self.text[-1][move.score] = Curve(ratios, (*(damage.text for damage in row), 0.0))
-                self.answers[-1][move.score] = Curve(ratios, (*(max(damage.answer_nll, 0.0) for damage in row), 0.0))
+        ratios = (_LOWEST, 1.0)
+        for layer in layers:
+            best = sorted((_Move(layer, _LOWEST, score) for score in self.scores), key=cost)[:most]
+            found = {move.score: damages[move] for move in best}
+            self.text.append({name: Curve(ratios, (damage.text, 0.0)) for name, damage in found.items()})
+            self.answers.append(
+                {name: Curve(ratios, (max(damage.answer_nll, 0.0), 0.0)) for name, damage in found.items()}
+            )
         shown = [next(iter(curves.values())).damage[:-1] for curves in self.text]
         answers = [next(iter(curves.values())).damage[:-1] for curves in self.answers]
-        sensitivities = Sensitivities(ratios=measured, text=tuple(shown), answers=tuple(answers))
+        sensitivities = Sensitivities(ratios=(_LOWEST,), text=tuple(shown), answers=tuple(answers))
         self.plan = self.plan.model_copy(update={"sensitivities": sensitivities})
 
-    def _around(self, base: KnormPress, moves: Sequence[_Move], tick: Callable[[], None]) -> dict[_Move, Damage]:
+    def _around(
+        self, base: KnormPress, moves: Sequence[_Move], tick: Callable[[], None], *, end: float
+    ) -> dict[_Move, Damage]:
         """The damage of ``base`` with one layer changed, for each move."""
         presses = {move: move.of(base) for move in moves}
         found: dict[KnormPress, Damage] = {}
@@ -335,7 +331,7 @@ class _Search:
                 tick()
         measured = self.probes.around(base, missing)
         for _ in missing:
-            self._expect_time()
+            self._expect_time(end)
             press, damage = next(measured)
             self.notes.note(press, damage, few=True)
             found[press] = damage
@@ -353,7 +349,7 @@ class _Search:
                 good.append(choices)
             return is_met
 
-        low = max(_RATIOS[0], high - 0.2) if high < 0.9 else _RATIOS[0]
+        low = max(_LOWEST, high - 0.2) if high < 0.9 else _LOWEST
         try:
             least_keep(self._curves(weight), is_good, low=low, high=high)
         finally:
@@ -377,12 +373,12 @@ class _Search:
         planned = zip(base.ratios(self.layers), base.scores(self.layers), self.text, strict=True)
         for layer, (ratio, score, curves) in enumerate(planned):
             now.append(_Move(layer, ratio, next(iter(curves)) if ratio == 1.0 else score))
-            near = {max(_RATIOS[0], round(ratio * _STEP, 3)), min(1.0, round(ratio / _STEP, 3))} - {ratio}
+            near = {max(_LOWEST, round(ratio * _STEP, 3)), min(1.0, round(ratio / _STEP, 3))} - {ratio}
             moves += [now[-1]._replace(ratio=moved) for moved in sorted(near)]
             if ratio < 1.0:
                 moves += [now[-1]._replace(score=other) for other in curves if other != score]
         tick = ticking(self.progress, len(moves) + 1, "the layers around the best plan")
-        damages = self._around(base, [now[0], *moves], tick)
+        damages = self._around(base, [now[0], *moves], tick, end=self.end)
         unmoved = damages[now[0]]
         text: list[dict[str, Curve]] = [{} for _ in now]
         answers: list[dict[str, Curve]] = [{} for _ in now]
@@ -421,7 +417,7 @@ class _Move(NamedTuple):
 
 def _alone(layers: int, scores: int) -> int:
     """How often layers alone are measured before whole plans are tried."""
-    return layers * (scores + min(_BEST, scores) * (len(_RATIOS) - 1))
+    return layers * scores
 
 
 def _told(scores: Sequence[str]) -> tuple[str, ...] | None:
